@@ -1,0 +1,35 @@
+"""Secateur makes trained networks smaller."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = ("evaluate", "families", "inspect", "load", "methods", "preview", "prune")
+
+if TYPE_CHECKING:
+    from secateur.api import evaluate, families, inspect, load, methods, preview, prune
+
+__all__ = [
+    "SecateurError",
+    "__version__",
+    "evaluate",
+    "families",
+    "inspect",
+    "load",
+    "methods",
+    "preview",
+    "prune",
+]
+
+from secateur.errors import SecateurError
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API on first use, so that ``import secateur`` does not import torch."""
+    if name in _PUBLIC:
+        from secateur import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'secateur' has no attribute {name!r}")

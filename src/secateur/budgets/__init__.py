@@ -1,0 +1,7 @@
+"""Targets, exact costs and the solver between them."""
+
+from secateur.budgets.costs import Costs
+from secateur.budgets.solver import Budget
+from secateur.budgets.targets import MEASURES, Target, parse_target, ratio_target
+
+__all__ = ["MEASURES", "Budget", "Costs", "Target", "parse_target", "ratio_target"]

@@ -1,0 +1,93 @@
+"""Exact costs of a decoder as functions of its sizes: parameters, bytes, FLOPs, key/value cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+
+from secateur.families import Architecture, Block, Sizes, canonical_name
+from secateur.families.roles import MATRICES, TABLES
+
+_HEAD = canonical_name(None, "head", "weight")
+
+
+class Costs:
+    """Costs of one architecture at any sizes.
+
+    Args:
+        architecture: lists the tensors.
+        itemsizes: bytes of an element of each canonical tensor on disk.
+        passthrough_bytes: bytes on disk that no cut changes (buffers, headers).
+        passthrough_params: parameters of the stock model that the family file does not describe.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        itemsizes: Mapping[str, int],
+        passthrough_bytes: int = 0,
+        passthrough_params: int = 0,
+    ) -> None:
+        self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
+        self._inventory: dict[Block, Counter[tuple[str, tuple[str, ...], int]]] = {}
+        widest = max(itemsizes.values())
+        for place in architecture.places:
+            self._inventory[place] = Counter(
+                (t.role, t.axes, itemsizes.get(t.name, widest))
+                for t in architecture.tensors.values()
+                if t.block == place and t.name != _HEAD
+            )
+        self.head_axes = architecture.tensors[_HEAD].axes
+        self.itemsize = itemsizes.get(_HEAD, itemsizes[canonical_name(None, "embedding", "weight")])
+        self.params = cache(self._params)
+        self.bytes = cache(self._bytes)
+        self.flops = cache(self._flops)
+
+    def _sum(self, sizes: Sizes, place: Block, weigh: str) -> float:
+        total = 0.0
+        for (role, axes, itemsize), count in self._inventory[place].items():
+            amount = count
+            for axis in axes:
+                amount *= sizes.axis(axis, place)
+            if weigh == "bytes":
+                amount *= itemsize
+            elif weigh == "flops":
+                if role not in MATRICES or role in TABLES or len(axes) == 1:
+                    continue
+                if sizes.experts and role in ("gate", "up", "down"):
+                    amount = amount * sizes.active_experts // sizes.experts
+            total += amount
+        return total
+
+    def _total(self, sizes: Sizes, weigh: str) -> int:
+        places: list[Block] = [None, *range(len(sizes.blocks))]
+        head = sizes.vocab * sizes.residual
+        if weigh == "flops":
+            extra = head
+        else:
+            extra = 0 if sizes.tied else head * (self.itemsize if weigh == "bytes" else 1)
+        return round(sum(self._sum(sizes, place, weigh) for place in places)) + extra
+
+    def _params(self, sizes: Sizes) -> int:
+        """Parameters as counted from a file: shared storage once."""
+        return self._total(sizes, "params") + self._fixed_params
+
+    def block_params(self, sizes: Sizes) -> int:
+        """Parameters inside the blocks."""
+        return round(sum(self._sum(sizes, place, "params") for place in range(len(sizes.blocks))))
+
+    def _bytes(self, sizes: Sizes) -> int:
+        """Bytes of the safetensors files (headers as in the source)."""
+        return self._total(sizes, "bytes") + self._fixed_bytes
+
+    def _flops(self, sizes: Sizes) -> int:
+        """FLOPs of a forward pass per token: two per multiply-add of every matrix a token meets, head included.
+
+        The products of queries, keys and values with each other, which grow with the context, are not included.
+        """
+        return 2 * self._total(sizes, "flops")
+
+    def kv_bytes(self, sizes: Sizes) -> int:
+        """Bytes of key/value cache per token, in the data type of the weights."""
+        return sum(2 * block.kv * sizes.head * self.itemsize for block in sizes.blocks)

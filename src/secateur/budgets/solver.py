@@ -1,0 +1,128 @@
+"""Solve a target for one size: the reachable value whose cost is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from secateur.budgets.costs import Costs
+from secateur.budgets.targets import Target
+from secateur.errors import RequestError, refuse
+from secateur.families import Architecture, Sizes
+
+Latency = Callable[[Sizes], float]
+_LARGEST_STEP = 0.01  # of all parameters
+
+
+@dataclass
+class Budget:
+    """A request against one architecture; a method asks it for the size it may keep.
+
+    Attributes:
+        architecture: dense architecture.
+        costs: its cost functions.
+        targets: what shall remain; each is met, the smallest solution wins.
+        quantum: sizes are multiples of it; None chooses (see ``quantum_of``).
+        largest_quantum: cap of the chosen quantum, 8 on a CPU and 64 on a GPU.
+        tolerance: largest accepted gap as a share of what is there; None: any that rounding to the nearest leaves.
+        itemsize: bytes of a weight.
+        latency: seconds of a forward pass at given sizes, measured; only for latency targets.
+    """
+
+    architecture: Architecture
+    costs: Costs
+    targets: tuple[Target, ...]
+    itemsize: int
+    quantum: int | None = None
+    largest_quantum: int = 8
+    tolerance: float | None = None
+    latency: Latency | None = None
+    gap: float = field(default=0.0, init=False)
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.architecture.sizes
+
+    def _cost(self, target: Target) -> Callable[[Sizes], float]:
+        if target.measure == "latency":
+            if self.latency is None:
+                refuse("bad-target", f"target {target}", "latency can only be met while pruning, not in a preview")
+            return self.latency
+        cost: Callable[[Sizes], float] = getattr(self.costs, target.measure)
+        return cost
+
+    def quantum_of(self, kind: str) -> int:
+        """Multiple that sizes of ``kind`` keep to: as asked, else the largest power of two whose step is <= 1 %."""
+        if kind in ("kv", "blocks"):
+            return 1
+        if self.quantum is not None:
+            return self.quantum
+        present = self.sizes.uniform(kind) or 1
+        step = self.costs.params(self.sizes) - self.costs.params(self.sizes.resized(kind, present - 1))
+        quantum = 1
+        while quantum < self.largest_quantum and 2 * quantum * step <= _LARGEST_STEP * self.costs.params(self.sizes):
+            quantum *= 2
+        return quantum
+
+    def reachable(self, kind: str, base: Sizes) -> list[int]:
+        """Sizes of ``kind`` that the quantum and the stock class admit, ascending."""
+        reasons = self.architecture.refusals(kind)
+        if reasons:
+            refuse(
+                "not-native",
+                f"a smaller {kind} size in the native layout",
+                "; ".join(reasons),
+                "choose another space, e.g. --set spaces=ffn where the method has it",
+            )
+        present = base.uniform(kind)
+        if present is None:
+            refuse("not-uniform", f"one {kind} size", "the blocks of this model differ in it")
+        quantum = self.quantum_of(kind)
+        candidates = [n for n in range(1, present) if n % quantum == 0] + [present]
+        return [n for n in candidates if not self.architecture.problems(base.resized(kind, n), self.itemsize)]
+
+    def solve(self, kind: str, base: Sizes | None = None) -> Sizes:
+        """Sizes with the reachable ``kind`` whose cost is nearest to the target (ties: the smaller).
+
+        Args:
+            kind: the size to solve for.
+            base: sizes to start from, e.g. with the head untied; the dense ones when omitted.
+
+        Raises:
+            RequestError: the target lies outside what is reachable, or the gap exceeds the tolerance.
+        """
+        start = base or self.sizes
+        candidates = [start.resized(kind, n) for n in self.reachable(kind, start)]
+        if not candidates:
+            refuse("not-native", f"another {kind} size", "the stock configuration admits none", "lower --quantum")
+        solutions = [self._nearest(target, candidates, kind) for target in self.targets]
+        return min(solutions, key=lambda sizes: sizes.uniform(kind) or 0)
+
+    def _nearest(self, target: Target, candidates: list[Sizes], kind: str) -> Sizes:
+        cost = self._cost(target)
+        present = cost(self.sizes)
+        wanted = target.of(present)
+        costs = [cost(sizes) for sizes in candidates]
+        best = min(range(len(candidates)), key=lambda i: (abs(costs[i] - wanted), costs[i]))
+        self.gap = (costs[best] - wanted) / present
+        step = max((abs(costs[i] - costs[best]) for i in (best - 1, best + 1) if 0 <= i < len(costs)), default=0.0)
+        nearest = f"the nearest is {costs[best]:,.0f} ({costs[best] / present:.1%}) at {kind} {candidates[best].uniform(kind)}"
+        if wanted < costs[0] - step / 2 or wanted > costs[-1] + step / 2:
+            reach = (
+                f"cutting {kind} reaches from {costs[0] / present:.1%} to {costs[-1] / present:.1%} of {target.measure}"
+            )
+            refuse("out-of-reach", f"{target.measure} {wanted:,.0f} ({wanted / present:.1%})", f"{reach}; {nearest}")
+        if self.tolerance is not None and abs(self.gap) > self.tolerance:
+            found = f"{nearest}, a gap of {abs(self.gap):.2%}, above the tolerance of {self.tolerance:.2%}"
+            raise RequestError(
+                "out-of-tolerance", f"{target.measure} {wanted:,.0f}", found, "raise --tolerance or lower --quantum"
+            )
+        return candidates[best]
+
+    def at(self, kind: str, size: int, base: Sizes | None = None) -> Sizes:
+        """Sizes with a given ``kind``, for the paper's own knob; refused where the stock class does not admit it."""
+        sizes = (base or self.sizes).resized(kind, size)
+        reasons = self.architecture.problems(sizes, self.itemsize) if size >= 1 else [f"{kind} {size} leaves nothing"]
+        if reasons:
+            refuse("out-of-reach", f"{kind} {size}", "; ".join(reasons))
+        return sizes

@@ -1,0 +1,182 @@
+"""A checkpoint as canonical tensors: names on disk are translated to the stock modules' and on to roles.
+
+The translation knows four things, all from the family file: the base-model prefix that a file may lack, modules
+renamed on disk, experts that lie one by one on disk and stacked in the module, and tied heads that a file may repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.checkpoints.folder import WEIGHT_DTYPES, Folder, TensorHeader
+from secateur.errors import RequestError, refuse
+from secateur.families import Architecture, Block, Packed, canonical_name
+
+HEAD = canonical_name(None, "head", "weight")
+EMBEDDING = canonical_name(None, "embedding", "weight")
+
+
+class Checkpoint:
+    """A folder read through its architecture.
+
+    Attributes:
+        packed: packed tensors on disk of every place, with their names there.
+        passthrough: tensors on disk that are no parameter of the stock model (buffers, unknown ones).
+        repeated_head: name on disk of a head stored beside the embedding it is tied to.
+
+    Raises:
+        RequestError: the files do not hold what ``config.json`` describes; every problem is in ``problems`` first.
+    """
+
+    def __init__(self, folder: Folder, architecture: Architecture | None = None) -> None:
+        self.folder = folder
+        self.architecture = architecture or Architecture(folder.config)
+        self.packed: dict[Block, list[Packed]] = {}
+        self.repeated_head: str | None = None
+        self.problems: list[RequestError] = []
+        self._separate_untied_head()
+        for place in self.architecture.places:
+            self.packed[place] = [d for p in self.architecture.packed_of(place) for d in self._on_disk(p)]
+        self._check_shapes()
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open a folder and refuse it unless every tensor is there as described."""
+        checkpoint = cls(Folder(path))
+        if checkpoint.problems:
+            raise checkpoint.problems[0]
+        return checkpoint
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        """How a module's tensor may be called on disk: as it is, or without the base-model prefix."""
+        base = self.architecture.family.blocks.partition(".")[0] + "."
+        return (name, name.removeprefix(base)) if name.startswith(base) else (name,)
+
+    def _on_disk(self, packed: Packed) -> list[Packed]:
+        """The tensors on disk that hold ``packed``, under the first spelling found."""
+        headers = self.folder.headers
+        for form in (*self._disk_forms(packed), [packed]):
+            for spelled in zip(*(self._spellings(p.name) for p in form), strict=True):
+                if all(name in headers for name in spelled):
+                    return [replace(p, name=name) for p, name in zip(form, spelled, strict=True)]
+        self.problems.append(
+            RequestError(
+                "missing-tensor",
+                f"parameter {packed.name} of {self.architecture.family.model_type}",
+                "it is in no file of the folder",
+                "fetch the checkpoint again",
+            )
+        )
+        return []
+
+    def _disk_forms(self, packed: Packed) -> Iterator[list[Packed]]:
+        """Other arrangements on disk that the family file knows for a module's tensor."""
+        prefix = self.architecture.family.blocks + "."
+        if not packed.name.startswith(prefix):
+            return
+        number, _, local = packed.name.removeprefix(prefix).partition(".")
+        place = f"{prefix}{number}."
+        module, _, kind = local.rpartition(".")
+        renamed = self.architecture.family.disk.get(local) or self.architecture.family.disk.get(module)
+        if isinstance(renamed, str):
+            yield [replace(packed, name=f"{place}{renamed}.{kind}")]
+        elif renamed is not None:
+            yield [
+                Packed(f"{place}{template.replace('{e}', str(expert))}.weight", ((name,),))
+                for expert, group in enumerate(packed.parts)
+                for template, name in zip(renamed, group, strict=True)
+            ]
+
+    def _separate_untied_head(self) -> None:
+        """A head stored beside a tied embedding is a repeat when equal; when not, transformers does not tie either."""
+        if not self.architecture.sizes.tied:
+            return
+        module = next((n for n, p in self.architecture.packed.items() if HEAD in p.canonical), None)
+        if module not in self.folder.headers:
+            return
+        embedding = next(n for n, p in self.architecture.packed.items() if EMBEDDING in p.canonical)
+        spelled = next((name for name in self._spellings(embedding) if name in self.folder.headers), None)
+        if spelled is not None:
+            tensors = dict(self.folder.read([module, spelled]))
+            if torch.equal(tensors[module], tensors[spelled]):
+                self.repeated_head = module
+                return
+        self.architecture = Architecture({**self.architecture.raw, "tie_word_embeddings": False})
+
+    def _check_shapes(self) -> None:
+        shapes = self.architecture.shapes
+        for packed in (p for group in self.packed.values() for p in group):
+            header, expected = self.folder.headers[packed.name], packed.shape(shapes)
+            if header.shape != expected:
+                found = f"the file holds {list(header.shape)}, config.json asks for {list(expected)}"
+                self.problems.append(RequestError("shape", f"tensor {packed.name}", found))
+            elif header.dtype not in WEIGHT_DTYPES:
+                found = f"its data type is {header.dtype}"
+                self.problems.append(
+                    RequestError("quantised", f"tensor {packed.name}", found, "start from the unquantised checkpoint")
+                )
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def passthrough(self) -> list[TensorHeader]:
+        """Tensors on disk that belong to no parameter of the stock model."""
+        known = {p.name for group in self.packed.values() for p in group} | {self.repeated_head}
+        return [header for name, header in self.folder.headers.items() if name not in known]
+
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Data type on disk of every canonical tensor."""
+        return {
+            name: self.folder.headers[p.name].dtype
+            for group in self.packed.values()
+            for p in group
+            for name in p.canonical
+        }
+
+    @property
+    def params(self) -> int:
+        """Elements of the tensors that the stock model declares as parameters, shared storage counted once."""
+        return sum(self.folder.headers[p.name].elements for group in self.packed.values() for p in group)
+
+    def read(self, place: Block, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Canonical tensors of one place, checked to be finite.
+
+        Args:
+            place: block index, or None for the stem.
+            names: canonical names wanted; all of the place when omitted.
+        """
+        wanted = None if names is None else set(names)
+        group = [p for p in self.packed[place] if wanted is None or wanted.intersection(p.canonical)]
+        found = dict(self.folder.read(p.name for p in group))
+        result: dict[str, Tensor] = {}
+        for packed in group:
+            require_finite(packed.name, found[packed.name])
+            result.update(packed.unpack(found[packed.name], self.architecture.shapes))
+        return result if wanted is None else {name: result[name] for name in result if name in wanted}
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinity, naming it."""
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype != torch.float64 else torch.float64)
+    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        refuse(
+            "not-finite",
+            f"tensor {name}",
+            f"{bad} of its {tensor.numel()} values are NaN or infinite",
+            "the checkpoint is damaged or its training diverged",
+        )
+
+
+def to_module_tensors(packed: Iterable[Packed], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the stock modules' names, of canonical ones."""
+    return {p.name: p.pack(tensors) for p in packed}

@@ -1,0 +1,193 @@
+"""What a person sees: progress on standard error, tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from secateur.meters.memory import anonymous_bytes
+
+_out = Console()
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ConsoleProgress:
+    """A bar with block, sweep, time left and memory on a terminal; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+                console=console,
+            )
+        self._task: TaskID | None = None
+        self._what, self._total, self._peak, self._said, self._started = "", 0, 0, 0.0, 0.0
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start(self, what: str, total: int) -> None:
+        self._what, self._total, self._started, self._said = what, total, time.monotonic(), 0.0
+        if self._bar is not None:
+            self._task = self._bar.add_task(what, total=total, memory="")
+
+    def step(self, done: int) -> None:
+        self._peak = max(self._peak, anonymous_bytes())
+        memory = f"peak {self._peak / 2**20:,.0f} MiB"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, memory=memory)
+            return
+        now = time.monotonic()
+        if done >= self._total or now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            spent = now - self._started
+            left = spent / done * (self._total - done) if done else 0.0
+            line = f"{self._what} {done}/{self._total}, {spent:.0f} s, {left:.0f} s left, {memory}"
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, message: str) -> None:
+        console = self._bar.console if self._bar is not None else Console(stderr=True)
+        console.print(message, highlight=False, markup=False)
+
+
+def _table(*head: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    return table
+
+
+def _counts(achieved: dict[str, Any]) -> Table:
+    table = _table("", "before", "after", "kept")
+    for key, label in (
+        ("params", "parameters"),
+        ("bytes", "bytes"),
+        ("flops_per_token", "FLOPs per token"),
+        ("kv_bytes_per_token", "KV bytes per token"),
+    ):
+        before, after = achieved[f"{key}_before"], achieved[key]
+        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.2%}")
+    return table
+
+
+def show_prune(result: dict[str, Any]) -> None:
+    _out.print(_counts(result["achieved"]))
+    figures = result["perplexity"]
+    if figures is not None:
+        _out.print(
+            f"perplexity {figures['before']:.3f} -> {figures['after']:.3f} "
+            f"({figures['tokens']:,} tokens, windows of {figures['context']})"
+        )
+    loads = ", ".join(f"{name} {state}" for name, state in result["loads_in"].items())
+    _out.print(f"{result['seconds']:.1f} s, peak {result['peak_rss_bytes'] / 2**20:,.0f} MiB; loads in: {loads}")
+    _out.print(f"written to {result['output']}", highlight=False)
+
+
+def show_preview(result: dict[str, Any]) -> None:
+    if "sizes" in result:
+        _out.print(f"method {result['method']}, output {result['output_kind']}", highlight=False)
+        table = _table("size", "before", "after")
+        for kind, change in result["sizes"].items():
+            table.add_row(kind, str(change["before"]), str(change["after"]))
+        _out.print(table)
+        _out.print(_counts(result["achieved"]))
+        if result["untied"]:
+            _out.print(
+                f"the head must be untied from the embedding: {result['untied']:,} parameters more, counted above"
+            )
+        if result["needs_data"]:
+            _out.print("this method needs calibration text (--data) to run")
+        _out.print(
+            f"gap to the target {result['gap']:+.3%}; estimated peak memory {result['peak_bytes'] / 2**20:,.0f} MiB"
+        )
+    for problem in result["problems"]:
+        hint = f" {problem['hint']}." if problem["hint"] else ""
+        _out.print(f"problem: {problem['asked']}: {problem['found']}.{hint}", markup=False, highlight=False)
+
+
+def show_evaluate(result: dict[str, Any]) -> None:
+    against, ratio = result.get("against"), result.get("ratio")
+    table = _table("", "model", *(["against", "ratio"] if against else []))
+    for key, value in result.items():
+        if key in ("against", "ratio", "tasks"):
+            continue
+        cells = [_number(value)]
+        if against and ratio:
+            cells += [_number(against[key]), _number(ratio[key])]
+        table.add_row(key.replace("_", " "), *cells)
+    _out.print(table)
+    for task, figures in result.get("tasks", {}).items():
+        _out.print(f"{task}: {figures}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def show_methods(result: dict[str, Any]) -> None:
+    table = _table("method", "title", "data", "output", "paper")
+    for name, facts in result.items():
+        table.add_row(name, facts["title"], facts["data"], facts["output"], facts["paper"])
+    _out.print(table)
+    if len(result) == 1:
+        ((_, facts),) = result.items()
+        _out.print(f"output: {facts['worth']}", highlight=False)
+        options = _table("--set", "values", "default", "what")
+        for key, option in facts["options"].items():
+            values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
+            options.add_row(key, values, str(option["default"]), option["description"])
+        _out.print(options)
+
+
+def show_families(result: dict[str, Any]) -> None:
+    table = _table("family", "space", "native layout")
+    for name, facts in result.items():
+        for kind, state in facts["native"].items():
+            table.add_row(name, kind, state)
+    _out.print(table)
+
+
+def show_inspect(result: dict[str, Any]) -> None:
+    for key in ("model_type", "params", "bytes", "flops_per_token", "kv_bytes_per_token", "dtypes", "tied", "context"):
+        value = result[key]
+        _out.print(
+            f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
+        )
+    table = _table("space", "units", "spaces", "params of a unit", "share of params", "native layout")
+    for kind, facts in result["spaces"].items():
+        cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
+        table.add_row(kind, *cells, facts["native"])
+    _out.print(table)
+
+
+def show_demo(result: dict[str, Any]) -> None:
+    table = _table("method", "ratio", "params", "removed", "perplexity", "seconds")
+    table.add_row("dense", "0", f"{result['dense']['params']:,}", "0.0%", f"{result['dense']['perplexity']:.2f}", "-")
+    for row in result["rows"]:
+        removed = 1 - row["params"] / result["dense"]["params"]
+        cells = [f"{row['params']:,}", f"{removed:.1%}", f"{row['perplexity']:.2f}", f"{row['seconds']:.1f}"]
+        table.add_row(row["method"], str(row["ratio"]), *cells)
+    _out.print(table)
+    _out.print(f"report: {result['report']}", highlight=False)

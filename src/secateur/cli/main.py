@@ -1,0 +1,291 @@
+"""``secateur``: every command parses, calls the Python API once, and shows what came back.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur import __version__
+from secateur.errors import RequestError, SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Make trained neural networks smaller. The result loads in plain transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint folder or hub id")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+MethodOption = Annotated[str | None, typer.Option("--method", help="see: secateur methods")]
+RatioOption = Annotated[str | None, typer.Option("--ratio", help="share of all parameters to remove, e.g. 0.3")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="K=V", help="what remains: params, block_params, bytes, flops, kv_bytes or latency"
+    ),
+]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="calibration text: file, folder, hub data set, - for stdin")
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", help="calibration windows [default: 128]")]
+LengthOption = Annotated[int | None, typer.Option("--length", help="tokens of a window [default: min(2048, context)]")]
+FieldOption = Annotated[
+    str | None, typer.Option("--text-field", help="field of .jsonl, .parquet, data sets [default: text]")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="option of the method")]
+LayoutOption = Annotated[str | None, typer.Option("--layout", help="native or per-layer [default: native]")]
+TextOption = Annotated[str | None, typer.Option("--text", help="held-out text for the perplexity")]
+ContextOption = Annotated[int | None, typer.Option("--context", help="tokens of a perplexity window")]
+QuantumOption = Annotated[int | None, typer.Option("--quantum", help="sizes are multiples of it")]
+ToleranceOption = Annotated[float | None, typer.Option("--tolerance", help="largest accepted gap to the target")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ... [default: auto]")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="compute type [default: auto]")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="of everything random [default: 0]")]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="YAML file with these options")]
+RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="let the folder's own code run")]
+ForceOption = Annotated[bool, typer.Option("--force", help="move an existing output aside first")]
+OutputOption = Annotated[str | None, typer.Option("-o", "--output", metavar="OUT", help="folder to write")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Make trained neural networks smaller."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """``--set k=v`` pairs as a mapping; values are read as YAML scalars, the schema checks them."""
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise RequestError("bad-option", f"--set {pair!r}", "not of the form key=value", "e.g. --set spaces=kv")
+        found[key.strip()] = None if value.lower() == "none" else value.strip()
+    return found
+
+
+def _request(**values: Any) -> dict[str, Any]:
+    """Keyword arguments of the API from those of the command line."""
+    values["options"] = _options(values.pop("set"))
+    values["target"] = tuple(values["target"] or ())
+    values["trust_remote_code"] = values["trust_remote_code"] or None
+    values["force"] = values["force"] or None
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@app.command()
+def prune(
+    model: ModelArg,
+    output: OutputOption = None,
+    method: MethodOption = None,
+    ratio: RatioOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    text_field: FieldOption = None,
+    set_: SetOption = None,
+    layout: LayoutOption = None,
+    text: TextOption = None,
+    context: ContextOption = None,
+    quantum: QuantumOption = None,
+    tolerance: ToleranceOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    recipe: RecipeOption = None,
+    trust_remote_code: RemoteOption = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune MODEL and write a checkpoint that plain transformers loads."""
+    values = _request(
+        output=output, method=method, ratio=ratio, target=target, data=data, samples=samples, length=length,
+        text_field=text_field, set=set_, layout=layout, text=text, context=context, quantum=quantum,
+        tolerance=tolerance, device=device, dtype=dtype, seed=seed, recipe=recipe,
+        trust_remote_code=trust_remote_code, force=force,
+    )  # fmt: skip
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_prune
+
+    with ConsoleProgress() as progress:
+        result = api.prune(model, progress=progress, **values)
+    _show(result.as_dict(), as_json, show_prune)
+
+
+@app.command()
+def preview(
+    model: ModelArg,
+    output: OutputOption = None,
+    method: MethodOption = None,
+    ratio: RatioOption = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    text_field: FieldOption = None,
+    set_: SetOption = None,
+    layout: LayoutOption = None,
+    text: TextOption = None,
+    context: ContextOption = None,
+    quantum: QuantumOption = None,
+    tolerance: ToleranceOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    recipe: RecipeOption = None,
+    trust_remote_code: RemoteOption = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what prune would do, from headers only, and every problem at once."""
+    values = _request(
+        output=output, method=method, ratio=ratio, target=target, data=data, samples=samples, length=length,
+        text_field=text_field, set=set_, layout=layout, text=text, context=context, quantum=quantum,
+        tolerance=tolerance, device=device, dtype=dtype, seed=seed, recipe=recipe,
+        trust_remote_code=trust_remote_code, force=force,
+    )  # fmt: skip
+    from secateur import api
+    from secateur.cli.console import show_preview
+
+    result = api.preview(model, **values)
+    problems = result["problems"]
+    if problems and as_json:
+        _print_json({**result, "error": problems[0]})
+    else:
+        _show(result, as_json, show_preview)
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    model: ModelArg,
+    text: TextOption = None,
+    context: ContextOption = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL2", help="measure another beside it")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure MODEL: perplexity, parameters, bytes, FLOPs, speed."""
+    from secateur import api
+    from secateur.cli.console import show_evaluate
+
+    result = api.evaluate(
+        model,
+        text=text,
+        context=context,
+        against=against,
+        tasks=[name for name in (tasks or "").split(",") if name],
+        device=device or "auto",
+        dtype=dtype or "auto",
+    )
+    _show(result, as_json, show_evaluate)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with its options")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods, or describe one."""
+    from secateur import api
+    from secateur.cli.console import show_methods
+
+    _show(api.methods(name), as_json, show_methods)
+
+
+@app.command()
+def families(as_json: JsonOption = False) -> None:
+    """List the architectures and what can be cut in each."""
+    from secateur import api
+    from secateur.cli.console import show_families
+
+    _show(api.families(), as_json, show_families)
+
+
+@app.command()
+def inspect(model: ModelArg, as_json: JsonOption = False) -> None:
+    """Show the sizes of MODEL, its spaces and what each costs."""
+    from secateur import api
+    from secateur.cli.console import show_inspect
+
+    _show(api.inspect(model), as_json, show_inspect)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="folder for the results")
+    ] = "secateur-demo",
+    as_json: JsonOption = False,
+) -> None:
+    """Prune the embedded model with several methods and print a table."""
+    from secateur.cli.console import ConsoleProgress, show_demo
+    from secateur.demo import run_demo
+
+    with ConsoleProgress() as progress:
+        result = run_demo(Path(output), progress)
+    _show(result, as_json, show_demo)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2, default=str))
+
+
+def _show(content: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    if as_json:
+        _print_json(content)
+    else:
+        show(content)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a command and turns every failure into its message and exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
+    try:
+        code = app(words, prog_name="secateur", standalone_mode=False)
+    except SecateurError as error:
+        code = _fail(error.as_dict(), str(error), error.exit_code, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        message = "interrupted; the same command resumes"
+        code = _fail({"code": "interrupted", "asked": "", "found": message, "hint": ""}, message, 130, as_json)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line
+            message = error.format_message()
+            content = {"code": "usage", "asked": " ".join(words), "found": message, "hint": "see: secateur --help"}
+            code = _fail(content, f"{message} See: secateur --help", 2, as_json)
+        else:
+            if os.environ.get("SECATEUR_DEBUG"):
+                raise
+            found = f"{type(error).__name__}: {error}"
+            hint = "set SECATEUR_DEBUG=1 for the traceback"
+            content = {"code": "internal", "asked": " ".join(words), "found": found, "hint": hint}
+            code = _fail(content, f"{found} ({hint})", 1, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(content: dict[str, str], message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        _print_json({"error": content})
+    print(f"secateur: {message}", file=sys.stderr)
+    return code

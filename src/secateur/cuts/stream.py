@@ -1,0 +1,122 @@
+"""Narrow the residual stream in one basis shared by all blocks, exactly, in the stock classes.
+
+A space of width D becomes width d through x' = s R x with s = sqrt(d / D): readers take ``restore``, writers ``reduce``.
+A stock RMSNorm over d dimensions divides by sqrt(|x'|^2 / d + eps) = sqrt(|R x|^2 / D + eps), so with norm weights of 1 / s
+the readers see exactly the normalised projection; eps stays as it is (SliceGPT, arXiv:2401.15024, sec. 3, with one
+rotation for all blocks).
+
+A LayerNorm also subtracts the mean. The projection is therefore carried in the hyperplane orthogonal to the vector
+of ones, which takes one spare dimension: d = k + 1 for k directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InternalError
+from secateur.families import Architecture, Block, canonical_name
+from secateur.families.roles import MATRICES, NORMS, READERS_OF_NORM, TABLES, writes_stream
+
+
+def hyperplane(size: int) -> Tensor:
+    """Orthonormal basis [size, size - 1] of the vectors whose entries sum to zero (a Householder reflection)."""
+    mirror = torch.full((size,), 1 / math.sqrt(size), dtype=torch.float64)
+    mirror[0] += 1
+    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
+    return reflection[:, 1:]
+
+
+@dataclass(frozen=True)
+class StreamBasis:
+    """The maps of a narrowed stream.
+
+    Attributes:
+        directions: [D, k] float64, orthonormal columns: what survives of the stream.
+        mean_free: whether the norms subtract the mean (LayerNorm).
+    """
+
+    directions: Tensor
+    mean_free: bool
+
+    @cached_property
+    def _projected(self) -> Tensor:
+        """Orthonormal basis of the normalised surviving signal; with mean subtraction, of the centred directions."""
+        if not self.mean_free:
+            return self.directions
+        centred = self.directions - self.directions.mean(0)
+        left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+        return left[:, values > 1e-9]
+
+    @cached_property
+    def width(self) -> int:
+        """Width d of the narrowed stream."""
+        return self._projected.shape[1] + int(self.mean_free)
+
+    @property
+    def scale(self) -> float:
+        """s = sqrt(d / D)."""
+        return math.sqrt(self.width / self.directions.shape[0])
+
+    @cached_property
+    def restore(self) -> Tensor:
+        """[D, d]: what readers are multiplied with."""
+        return self._projected @ hyperplane(self.width).t() if self.mean_free else self._projected
+
+    @cached_property
+    def reduce(self) -> Tensor:
+        """[d, D]: what writers are multiplied with, before the scale."""
+        if not self.mean_free:
+            return self._projected.t()
+        projector = self.directions @ self.directions.t()
+        return self.restore.t() @ (projector - projector.mean(0))
+
+
+def narrow_stream(
+    architecture: Architecture, place: Block, tensors: Mapping[str, Tensor], basis: StreamBasis
+) -> dict[str, Tensor]:
+    """The tensors of one place on the narrowed stream, norms folded into their readers.
+
+    Args:
+        architecture: the dense architecture, its head untied.
+        tensors: canonical tensors of the place.
+    """
+    result = {name: _precise(tensor) for name, tensor in tensors.items()}
+    for norm, readers in READERS_OF_NORM.items():
+        weight, bias = (result.get(canonical_name(place, norm, kind)) for kind in ("weight", "bias"))
+        if weight is None:
+            continue
+        for name, tensor in tensors.items():
+            described = architecture.tensors[name]
+            if described.role not in readers or described.kind != "weight":
+                continue
+            if bias is not None:
+                target = name.removesuffix("weight") + "bias"
+                if target not in result:
+                    raise InternalError("no-bias", f"folding {norm} into {name}", "the stock class has no bias there")
+                result[target] = result[target] + result[name] @ bias
+            result[name] = result[name] * weight
+    restore, reduce = (m.to(next(iter(result.values()))) for m in (basis.restore, basis.scale * basis.reduce))
+    for name, tensor in result.items():
+        described = architecture.tensors[name]
+        role, kind = described.role, described.kind
+        if role in TABLES:
+            result[name] = tensor @ reduce.t()
+        elif role in NORMS and NORMS[role] == "residual":
+            fill = 1 / basis.scale if kind == "weight" else 0.0
+            result[name] = tensor.new_full((basis.width,), fill)
+        elif writes_stream(role):
+            result[name] = reduce @ tensor
+        elif kind == "weight" and role in MATRICES and MATRICES[role][1] == "residual":
+            result[name] = tensor @ restore
+    return {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Products in float32 at least."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,115 @@
+"""Calibration windows: seeded random non-overlapping windows of whole tokenised documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.data.sources import Document, documents
+from secateur.errors import refuse
+
+_RESERVOIR = 64  # read at most this many times the tokens that are wanted
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids for calibration.
+
+    Attributes:
+        ids: [count, length] int64.
+        digest: SHA-256 of the documents they were drawn from.
+    """
+
+    ids: Tensor
+    digest: str
+
+    def record(self) -> dict[str, int | str]:
+        return {"windows": self.ids.shape[0], "length": self.ids.shape[1], "sha256": self.digest}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        RequestError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    from secateur.families.stock import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # missing files surface as many kinds
+        message = " ".join(str(error).split())[:200]
+        refuse(
+            "no-tokenizer",
+            f"tokenizer of {str(folder)!r}",
+            f"the folder has no usable one ({message})",
+            "add tokenizer.json, or give token ids as .npy",
+        )
+
+
+def encode(tokenizer: Any, document: Document) -> np.ndarray:
+    """Token ids of one whole document, with the tokenizer's default special tokens."""
+    if isinstance(document, np.ndarray):
+        return document
+    if isinstance(document, list):
+        if not getattr(tokenizer, "chat_template", None):
+            refuse("no-chat-template", "chat messages in the data", "the model's tokenizer has no chat template")
+        return np.asarray(tokenizer.apply_chat_template(document, tokenize=True, return_dict=False), dtype=np.int64)
+    return np.asarray(tokenizer(document, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _bytes_of(document: Document) -> bytes:
+    if isinstance(document, np.ndarray):
+        return document.tobytes()
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, ensure_ascii=False)
+    return text.encode()
+
+
+def calibration_windows(
+    source: str, folder: Path, vocab: int, samples: int, length: int, seed: int, field: str = "text"
+) -> Windows:
+    """Draw windows from a source.
+
+    Args:
+        source: see :func:`secateur.data.sources.documents`.
+        folder: checkpoint folder that holds the tokenizer.
+        vocab: number of valid token ids.
+        samples: windows wanted; fewer when the text holds fewer.
+        length: tokens of a window.
+        seed: of the draw.
+
+    Raises:
+        RequestError: unreadable source, or a text shorter than one window.
+    """
+    tokenizer: Any = None
+    digest, pieces, total = hashlib.sha256(), [], 0
+    for document in documents(source, field):
+        if tokenizer is None and not isinstance(document, np.ndarray):
+            tokenizer = load_tokenizer(folder)
+        digest.update(_bytes_of(document))
+        ids = encode(tokenizer, document)
+        pieces.append(ids)
+        total += len(ids)
+        if total >= _RESERVOIR * samples * length:
+            break
+    stream = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+    if len(stream) < length:
+        found = f"{len(stream)} tokens, shorter than one window of {length}"
+        refuse("short-text", f"data {source!r}", found, "give more text or a smaller --length")
+    if stream.min() < 0 or stream.max() >= vocab:
+        found = f"token ids from {stream.min()} to {stream.max()}, the model knows 0 to {vocab - 1}"
+        refuse("bad-tokens", f"data {source!r}", found)
+    available = len(stream) // length
+    chosen = np.sort(np.random.default_rng(seed).choice(available, size=min(samples, available), replace=False))
+    ids = stream[: available * length].reshape(available, length)[chosen]
+    return Windows(torch.from_numpy(np.ascontiguousarray(ids)), digest.hexdigest())

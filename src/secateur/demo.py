@@ -1,0 +1,86 @@
+"""The demonstration: prune the embedded model with several methods and put them into one table."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from secateur.api import evaluate, prune
+from secateur.data.pydocs import documents
+from secateur.engine.progress import Progress
+from secateur.errors import refuse
+from secateur.reports.markdown import table
+
+METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt")
+RATIOS: Final = (0.1, 0.3)
+_WINDOW, _SAMPLES = 256, 64
+_HELD_OUT_CHARACTERS = 90_000
+_MARK: Final = ".secateur-demo"
+
+
+def embedded_model() -> Path:
+    """Folder of the model that comes with the package: 5.8 M parameters, trained on Python's own documentation."""
+    return Path(str(files("secateur") / "embedded"))
+
+
+def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
+    """Prune the embedded model with every demonstration method at every ratio.
+
+    Args:
+        output: folder for the pruned models, the texts and the report; one of an earlier demonstration is replaced.
+
+    Returns:
+        ``dense`` and ``rows`` with their figures, and the path of the ``report``.
+    """
+    if output.exists() and not (output / _MARK).is_file():
+        refuse(
+            "output-exists", f"output {str(output)!r}", "it exists and is no demonstration", "name another folder: -o"
+        )
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / _MARK).touch()
+    calibration, held_out = output / "calibration.txt", output / "held-out.txt"
+    calibration.write_text("\n\n".join(documents("valid")), encoding="utf-8")
+    held_out.write_text("\n\n".join(documents("test"))[:_HELD_OUT_CHARACTERS], encoding="utf-8")
+    model = embedded_model()
+    dense = evaluate(model, text=held_out, context=_WINDOW)
+    rows = []
+    for ratio in RATIOS:
+        for method in METHODS:
+            progress.note(f"{method} at ratio {ratio}")
+            data = {"data": calibration, "samples": _SAMPLES, "length": _WINDOW} if method == "slicegpt" else {}
+            folder = output / f"{method}-{ratio}"
+            result = prune(model, method=method, ratio=ratio, output=folder, progress=progress, **data)
+            measured = evaluate(folder, text=held_out, context=_WINDOW)
+            rows.append(
+                {
+                    "method": method,
+                    "ratio": ratio,
+                    "params": result.achieved["params"],
+                    "perplexity": measured["perplexity"],
+                    "seconds": result.seconds,
+                    "output": str(folder),
+                }
+            )
+    report = output / "report.md"
+    cells = [
+        [
+            r["method"],
+            r["ratio"],
+            f"{r['params']:,}",
+            f"{1 - r['params'] / dense['params']:.1%}",
+            f"{r['perplexity']:.2f}",
+        ]
+        for r in rows
+    ]
+    head = ["method", "ratio", "parameters", "removed", "perplexity"]
+    first = ["dense", 0, f"{dense['params']:,}", "0.0%", f"{dense['perplexity']:.2f}"]
+    text = (
+        "# Secateur demonstration\n\n"
+        f"The embedded model, held-out documentation text of this Python ({dense['tokens']:,} predicted tokens, windows of "
+        f"{dense['context']}); every folder beside this file loads with plain `transformers`.\n\n{table(head, [first, *cells])}\n"
+    )
+    report.write_text(text, encoding="utf-8")
+    return {"dense": dense, "rows": rows, "report": str(report)}

@@ -1,0 +1,94 @@
+"""The calibration signal between two blocks: in memory when small, in a mapped file when large."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.engine.blocks import BlockRunner, Call
+
+SHARDS = 8
+"""Logical shards of the calibration data; each is accumulated whole, sums are combined in their order."""
+_BATCH_TOKENS = 4096
+_IN_MEMORY = 128 * 2**20  # bytes
+
+
+class Activations:
+    """Hidden states of all windows at the input of one block.
+
+    Args:
+        ids: [count, length] token ids.
+        runner: stock model whose stem is loaded.
+        folder: where a large signal is kept.
+    """
+
+    def __init__(self, ids: Tensor, runner: BlockRunner, folder: Path) -> None:
+        self.ids, self.runner = ids, runner
+        count, length = ids.shape
+        rows = max(1, _BATCH_TOKENS // length)
+        bounds = [count * shard // SHARDS for shard in range(SHARDS + 1)]
+        self.shards = [
+            [slice(start, min(start + rows, stop)) for start in range(begin, stop, rows)]
+            for begin, stop in zip(bounds, bounds[1:], strict=False)
+        ]
+        width = runner.architecture.sizes.residual
+        elements = count * length * width
+        if elements * runner.dtype.itemsize > _IN_MEMORY:
+            path = folder / "activations.bin"
+            flat = torch.from_file(str(path), shared=True, size=elements, dtype=runner.dtype)
+            self.values = flat.view(count, length, width)
+        else:
+            self.values = torch.empty(count, length, width, dtype=runner.dtype)
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+
+    def capture(self) -> None:
+        """Fill with the first block's inputs and remember every block's arguments.
+
+        Arguments are kept once per batch shape as long as the stock model passes equal ones.
+        """
+        for batch in self.batches:
+            hidden, calls = self.runner.capture(self.ids[batch])
+            self.values[batch] = hidden.to(self.values.device)
+            self._remember(batch, calls)
+
+    def _remember(self, batch: slice, calls: list[Call]) -> None:
+        for (start, stop), known in self._calls.items():
+            if stop - start == batch.stop - batch.start and all(map(_same, known, calls)):
+                calls = known
+                break
+        self._calls[batch.start, batch.stop] = calls
+
+    @property
+    def batches(self) -> list[slice]:
+        return [batch for shard in self.shards for batch in shard]
+
+    def call(self, batch: slice, block: int) -> Call:
+        """Arguments of a block for one batch."""
+        return self._calls[batch.start, batch.stop][block]
+
+    def save(self, path: Path) -> None:
+        """Keep a copy of the signal, replacing an older one in one step."""
+        temporary = path.with_suffix(".new")
+        save_file({"values": self.values.contiguous()}, temporary)
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Take the signal from a copy."""
+        self.values.copy_(load_file(path)["values"])
+
+
+def _same(one: Call, other: Call) -> bool:
+    return _equal(one.args, other.args) and _equal(one.kwargs, other.kwargs)
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.shape == other.shape and bool(torch.equal(one, other)))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return one is other or bool(one == other)

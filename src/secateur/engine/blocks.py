@@ -1,0 +1,126 @@
+"""Run the stock model block by block: capture what the first pass feeds each block, replay it on one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InternalError
+from secateur.families import Architecture, Block, Packed
+from secateur.families.stock import skeleton_model
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block besides its hidden states, exactly as the stock model passed them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Captured(Exception):
+    """Raised once the last block's arguments are known."""
+
+
+class BlockRunner:
+    """The stock model with weights only where they are needed.
+
+    Args:
+        architecture: what to build.
+        dtype: data type of weights and activations.
+        device: where to compute.
+    """
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        self.architecture, self.dtype, self.device = architecture, dtype, device
+        self.model = skeleton_model(architecture.config, dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+        self.blocks: nn.ModuleList = self.model.get_submodule(architecture.family.blocks)
+
+    def load(self, place: Block, tensors: Mapping[str, Tensor]) -> None:
+        """Give the modules of a place their canonical tensors, converted to the compute type."""
+        for packed in self.architecture.packed_of(place):
+            self._assign(packed.name, packed.pack(tensors))
+        if place is None:
+            with torch.no_grad():
+                self.model.tie_weights()
+
+    def unload(self, place: Block) -> None:
+        """Free the weights of a place."""
+        for packed in self.architecture.packed_of(place):
+            module, leaf = self._locate(packed)
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(module._parameters[leaf], device="meta"), False)
+
+    def _locate(self, packed: Packed) -> tuple[nn.Module, str]:
+        path, _, leaf = packed.name.rpartition(".")
+        return self.model.get_submodule(path), leaf
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        expected = module._parameters[leaf]
+        if expected is None or expected.shape != value.shape:
+            found = None if expected is None else list(expected.shape)
+            raise InternalError("shape", f"loading {name} of shape {list(value.shape)}", f"the module holds {found}")
+        module._parameters[leaf] = nn.Parameter(value.to(device=self.device, dtype=self.dtype), requires_grad=False)
+
+    @torch.no_grad()
+    def capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """Input of the first block and the arguments of every block, for token ids [batch, length].
+
+        Only the stem needs its weights. Nothing is built by hand: masks, positions and rotary tables are what the stock
+        model makes.
+        """
+        calls: list[Call] = []
+        hidden: list[Tensor] = []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            state: Tensor = args[0] if args else kwargs["hidden_states"]
+            rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            hidden.append(state)
+            calls.append(Call(args[1:], rest))
+            if len(calls) == len(self.blocks):
+                raise _Captured
+            return state
+
+        with self._blocks_replaced(record):
+            try:
+                self.model(input_ids=ids.to(self.device), use_cache=False)
+            except _Captured:
+                return hidden[0], calls
+        raise InternalError("capture", "capturing the blocks' arguments", "the model did not call its blocks")
+
+    @torch.no_grad()
+    def run(self, block: int, hidden: Tensor, call: Call) -> Tensor:
+        """Output of one block."""
+        output = self.blocks[block](hidden, *call.args, **call.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits of the stock model's own final norm and head, given the last block's output."""
+        with self._blocks_replaced(lambda *args, **kwargs: hidden):
+            result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return result
+
+    @contextmanager
+    def _blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        try:
+            for block in self.blocks:
+                block.forward = forward
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def norm_on_stream(self, role: str, block: Block) -> nn.Module:
+        """The module of a norm, to hook."""
+        return self.model.get_submodule(self.architecture.module_of(role, block))

@@ -1,0 +1,84 @@
+"""The journal beside the output: what a run has finished, so that the same command resumes after any interruption."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import refuse
+
+
+def work_folder(output: Path) -> Path:
+    """``.OUT.secateur`` beside the output."""
+    return output.with_name(f".{output.name}.secateur")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run's lock; a second process on the same output is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            refuse(
+                "locked", f"writing beside {str(folder)!r}", "another process is working on this output", "wait for it"
+            )
+        yield
+
+
+class Journal:
+    """Lines of JSON, one per finished step, the first naming the request.
+
+    Args:
+        folder: the work folder; made when absent.
+        fingerprint: model, data, request and version; a journal of another one is refused.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.path = folder / "journal.jsonl"
+        self._records: list[dict[str, Any]] = []
+        self.resumed = False
+        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
+        for line in lines[:-1]:  # what follows the last newline was cut off while being written
+            try:
+                self._records.append(json.loads(line))
+            except ValueError:
+                break
+        if self._records and self._records[0] != {"request": fingerprint}:
+            refuse(
+                "other-request",
+                f"resuming in {str(folder)!r}",
+                f"it holds an unfinished run of another request ({_difference(self._records[0], fingerprint)})",
+                f"repeat that request, or delete {folder.name}",
+            )
+        self.resumed = len(self._records) > 1
+        # rewritten whole, so that a torn last line is gone before the next is added
+        text = "".join(json.dumps(record) + "\n" for record in self._records or [{"request": fingerprint}])
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def add(self, step: str, **content: Any) -> None:
+        """Record a finished step durably."""
+        record = {"step": step, **content}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self._records.append(record)
+
+    def done(self, step: str) -> list[dict[str, Any]]:
+        """Records of a step, oldest first."""
+        return [record for record in self._records if record.get("step") == step]
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    old = found.get("request", {})
+    keys = [key for key in wanted if old.get(key) != wanted[key]]
+    return ", ".join(f"{key}: {old.get(key)!r} there, {wanted[key]!r} here" for key in keys[:3]) or "unknown"

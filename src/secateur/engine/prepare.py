@@ -1,0 +1,121 @@
+"""Everything that is decided before work: checkpoint, method, budget, device. Reads headers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.budgets import Budget, Costs
+from secateur.checkpoints import Checkpoint
+from secateur.checkpoints.folder import DTYPES
+from secateur.checkpoints.hub import locate
+from secateur.engine.latency import LatencyModel
+from secateur.engine.request import PruneRequest
+from secateur.errors import refuse
+from secateur.methods.base import Method
+from secateur.methods.registry import DEFAULT_WITH_DATA, DEFAULT_WITHOUT_DATA, make_method
+
+LONGEST_WINDOW = 2048
+
+
+@dataclass
+class Prepared:
+    """A request resolved against its model."""
+
+    request: PruneRequest
+    checkpoint: Checkpoint
+    method: Method
+    costs: Costs
+    budget: Budget
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def context(self) -> int:
+        """Positions the model was made for."""
+        return context_of(self.checkpoint)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a calibration window."""
+        return self.request.length or min(LONGEST_WINDOW, self.context)
+
+
+def context_of(checkpoint: Checkpoint) -> int:
+    """Positions a model was made for."""
+    return int(getattr(checkpoint.architecture.config, "max_position_embeddings", LONGEST_WINDOW))
+
+
+def costs_of(checkpoint: Checkpoint) -> Costs:
+    """Cost functions of a checkpoint, buffers and headers of its files included in the bytes."""
+    itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in checkpoint.dtypes.items()}
+    architecture = checkpoint.architecture
+    described = Costs(architecture, itemsizes)
+    unmapped = sum(torch.Size(shape).numel() for shape in architecture.unmapped.values())
+    rest = checkpoint.folder.bytes - described.bytes(architecture.sizes)
+    return Costs(architecture, itemsizes, passthrough_bytes=rest, passthrough_params=unmapped)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        refuse(
+            "bad-device",
+            f"device {name!r}",
+            f"not usable here ({' '.join(str(error).split())[:120]})",
+            "auto, cpu or cuda",
+        )
+    return device
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Data type of the forward pass: float32 on a CPU, the checkpoint's own on a GPU; float64 stays."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    stored = max((DTYPES[d] for d in checkpoint.dtypes.values()), key=lambda dtype: dtype.itemsize)
+    if stored == torch.float64 or device.type != "cpu":
+        return stored
+    return torch.float32
+
+
+def choose_method(request: PruneRequest) -> Method:
+    """The method asked for, or the default; one that needs data is checked for it later."""
+    name = request.method or (DEFAULT_WITH_DATA if request.data else DEFAULT_WITHOUT_DATA)
+    return make_method(name, request.options)
+
+
+def prepare(request: PruneRequest) -> Prepared:
+    """Resolve a request.
+
+    Raises:
+        RequestError: the first thing at fault.
+    """
+    method = choose_method(request)
+    if request.layout != "native":
+        refuse("layout", f"layout {request.layout!r}", "this version writes the native layout only", "--layout native")
+    if not request.targets and method.sparsity is None:
+        refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
+    device = resolve_device(request.device)
+    checkpoint = Checkpoint.open(Path(locate(request.model)))
+    dtype = resolve_dtype(request.dtype, checkpoint, device)
+    costs = costs_of(checkpoint)
+    latency = LatencyModel(checkpoint.architecture, dtype, device)
+    budget = Budget(
+        checkpoint.architecture,
+        costs,
+        request.targets,
+        itemsize=costs.itemsize,
+        quantum=request.quantum,
+        largest_quantum=8 if device.type == "cpu" else 64,
+        tolerance=request.tolerance,
+        latency=latency,
+    )
+    return Prepared(request, checkpoint, method, costs, budget, device, dtype)

@@ -1,0 +1,263 @@
+"""One prune, from request to published folder: plan, write, verify, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+import secateur
+from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
+from secateur.checkpoints.folder import CONFIG, INDEX
+from secateur.data.windows import Windows, calibration_windows
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.journal import Journal, work_folder
+from secateur.engine.prepare import Prepared
+from secateur.engine.progress import Progress
+from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
+from secateur.engine.verify import verify_output
+from secateur.errors import InternalError, refuse
+from secateur.families import Architecture, Block
+from secateur.methods.base import Study
+from secateur.plans import Plan
+from secateur.spaces import BlockView
+
+RECORD: Final = "secateur.json"
+_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
+
+
+class Run:
+    """The phases of a prune. Everything is written beside the output until ``publish`` moves it there in one step.
+
+    Args:
+        prepared: the resolved request.
+        output: the folder to appear.
+        progress: who is told.
+    """
+
+    def __init__(self, prepared: Prepared, output: Path, progress: Progress) -> None:
+        self.prepared, self.output, self.progress = prepared, output, progress
+        self.work = work_folder(output)
+        self.result = self.work / "out"
+        self.windows = self._draw_windows()
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.work, self._fingerprint())
+        if self.journal.resumed:
+            progress.note(f"resuming the run in {self.work.name}")
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.prepared.checkpoint
+
+    def _draw_windows(self) -> Windows | None:
+        request, method = self.prepared.request, self.prepared.method
+        if method.data == "none":
+            return None
+        if request.data is None:
+            refuse(
+                "no-data",
+                f"method {method.name}",
+                "it needs calibration text and --data is not given",
+                "--data notes.txt",
+            )
+        if request.length and request.length > self.prepared.context:
+            refuse("bad-length", f"length {request.length}", f"the model's context is {self.prepared.context}")
+        return calibration_windows(
+            request.data,
+            self.checkpoint.folder.path,
+            self.checkpoint.architecture.sizes.vocab,
+            request.samples,
+            self.prepared.length,
+            request.seed,
+            request.text_field,
+        )
+
+    def _fingerprint(self) -> dict[str, Any]:
+        request = self.prepared.request
+        return {
+            "version": secateur.__version__,
+            "model": _model_digest(self.checkpoint),
+            "method": self.prepared.method.name,
+            "options": self.prepared.method.model_dump(mode="json"),
+            "targets": [str(target) for target in request.targets],
+            "data": None if self.windows is None else self.windows.record(),
+            "layout": request.layout,
+            "quantum": request.quantum,
+            "tolerance": request.tolerance,
+            "device": self.prepared.device.type,
+            "dtype": str(self.prepared.dtype),
+            "threads": torch.get_num_threads(),
+            "seed": request.seed,
+        }
+
+    # -- plan ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Decide, or take the decision of the interrupted run."""
+        recorded = self.journal.done("plan")
+        if recorded:
+            if Plan.digest(self.work) != recorded[-1]["sha256"]:
+                raise InternalError(
+                    "journal", f"plan in {self.work}", "it is not the one recorded", "delete the folder"
+                )
+            return Plan.load(self.work)
+        prepared = self.prepared
+        prepared.method.sizes(prepared.budget)  # refuses an unreachable target before any sweep
+        sweep = SummarySweep(self.checkpoint, prepared.method, self.work, self.journal, self.progress)
+        if self.windows is not None:
+            runner = BlockRunner(self.checkpoint.architecture, prepared.dtype, prepared.device)
+            sweep.from_data(self.windows.ids, runner)
+        else:
+            sweep.from_weights()
+        plan = prepared.method.decide(self._study(sweep))
+        digest = plan.save(self.work)
+        self.journal.add("plan", sha256=digest)
+        return plan
+
+    def _study(self, sweep: SummarySweep) -> Study:
+        def view(place: Block, roles: tuple[str, ...] | None) -> BlockView:
+            return view_of(self.checkpoint, place, roles)
+
+        def progress(done: int, of: int, what: str) -> None:
+            if done <= 1:
+                self.progress.start(what, of)
+            self.progress.step(done)
+
+        generator = torch.Generator().manual_seed(self.prepared.request.seed)
+        return Study(self.prepared.budget, generator, view, sweep.summaries(), progress)
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    def target(self, plan: Plan) -> Architecture:
+        """Architecture of the output."""
+        kept = plan.blocks if "blocks" in plan.kept else None
+        return self.checkpoint.architecture.resized(plan.after, kept)
+
+    def write(self, plan: Plan) -> dict[str, Any]:
+        """Write the output folder and check that it reloads.
+
+        Returns:
+            The record that lies in the folder as ``secateur.json``.
+        """
+        target = self.target(plan)
+        layout = output_layout(self.checkpoint, target, plan.blocks)
+        writer = TensorWriter(self.result, layout.headers)
+        digests = cut_sweep(self.checkpoint, plan, layout, writer, self.journal, self.progress, self.prepared.device)
+        left_behind = self._copy_companions(target)
+        if not self.journal.done("verified"):
+            self.progress.start("verify", 1)
+            version = verify_output(self.checkpoint, plan, self.result, writer, digests)
+            self.progress.step(1)
+            self.journal.add("verified", transformers=version)
+        record = self._record(plan, layout, digests, left_behind)
+        (self.result / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return record
+
+    def _copy_companions(self, target: Architecture) -> list[str]:
+        """Write config.json and copy every other file of the source; returns weight files of other formats, left out."""
+        source = self.checkpoint.folder.path
+        own = {self.output.resolve(), self.work.resolve()}
+        left: list[str] = []
+
+        def skip(folder: str, names: list[str]) -> set[str]:
+            skipped = set()
+            for name in names:
+                path = Path(folder) / name
+                if path.resolve() in own or name in (INDEX, CONFIG) or name.startswith(".git"):
+                    skipped.add(name)
+                elif path.is_file() and path.suffix in _OTHER_WEIGHTS:
+                    skipped.add(name)
+                    if path.suffix != ".safetensors":
+                        left.append(str(path.relative_to(source)))
+            return skipped
+
+        shutil.copytree(source, self.result, ignore=skip, dirs_exist_ok=True, copy_function=_copy_writable)
+        card = self.result / "README.md"
+        if card.is_file():
+            card.replace(self.result / "README.source.md")
+        (self.result / CONFIG).write_text(json.dumps(target.raw, indent=2) + "\n", encoding="utf-8")
+        return sorted(left)
+
+    def _record(
+        self, plan: Plan, layout: OutputLayout, digests: dict[str, str], left_behind: list[str]
+    ) -> dict[str, Any]:
+        prepared = self.prepared
+        loads = dict(self.checkpoint.architecture.family.loads_in)
+        return {
+            "secateur": secateur.__version__,
+            "method": prepared.method.name,
+            "requested": requested(prepared),
+            "before": asdict(plan.before),
+            "after": asdict(plan.after),
+            "notes": dict(plan.notes),
+            "plan_sha256": Plan.digest(self.work),
+            "data": None if self.windows is None else self.windows.record(),
+            "loads_in": {
+                "transformers": f"verified({self.journal.done('verified')[-1]['transformers']})",
+                **{name: loads.get(name, "unknown") for name in ("vllm", "llama.cpp")},
+            },
+            "passthrough": sorted(header.name for _, header in layout.copies),
+            "left_behind": left_behind,
+            "tensors": dict(sorted(digests.items())),
+        }
+
+    # -- publish ---------------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Let the output appear and drop the work folder."""
+        self.replace(self.result, self.output, self.progress)
+
+    @staticmethod
+    def replace(result: Path, output: Path, progress: Progress) -> None:
+        """Let ``result`` appear as ``output`` by one rename, an old output moved aside first; drops the work folder."""
+        if output.exists():
+            aside = next_free(output)
+            output.rename(aside)
+            progress.note(f"the old {output.name} is now {aside.name}")
+        result.rename(output)
+        shutil.rmtree(work_folder(output))
+
+
+def _copy_writable(source: str, target: str) -> None:
+    """Copy content only: a read-only source must not make a read-only output."""
+    shutil.copyfile(source, target)
+
+
+def next_free(folder: Path) -> Path:
+    """``OUT.previous``, ``OUT.previous-2``, ...: the first that does not exist."""
+    aside, number = folder.with_name(f"{folder.name}.previous"), 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.previous-{number}")
+    return aside
+
+
+def requested(prepared: Prepared) -> dict[str, Any]:
+    """The request as it is reported."""
+    request = prepared.request
+    return {
+        "ratio": request.ratio,
+        "target": list(request.target),
+        "options": prepared.method.model_dump(mode="json"),
+        "quantum": request.quantum,
+        "layout": request.layout,
+        "seed": request.seed,
+    }
+
+
+def _model_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the configuration and, for every weight file, its name, size, time and header."""
+    folder = checkpoint.folder
+    sha = hashlib.sha256((folder.path / CONFIG).read_bytes())
+    for name in folder.files:
+        path = folder.path / name
+        state = path.stat()
+        with path.open("rb") as handle:
+            header = handle.read(8 + int.from_bytes(handle.read(8), "little"))
+        sha.update(f"{name} {state.st_size} {state.st_mtime_ns}".encode() + header)
+    return sha.hexdigest()

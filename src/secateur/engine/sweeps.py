@@ -1,0 +1,213 @@
+"""The sweeps over a checkpoint: summarise every place, then cut every place. Each keeps a journal and resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter
+from secateur.cuts import cut_place
+from secateur.engine.activations import Activations
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.journal import Journal
+from secateur.engine.progress import Progress
+from secateur.errors import refuse
+from secateur.evidence import GramCollector
+from secateur.families import Architecture, Block
+from secateur.methods.base import Method
+from secateur.plans import Plan
+from secateur.spaces import BlockView
+
+_SAVE_EVERY = 60.0  # seconds of sweep work between two copies of the activations
+
+
+class Summaries(Mapping[str, Iterable[Tensor]]):
+    """What ``score`` returned, on disk, one file per place; tensors are loaded while iterating.
+
+    Args:
+        folder: where the files are.
+        names: names in each place's file, in the order of the places.
+    """
+
+    def __init__(self, folder: Path, names: list[tuple[str, list[str]]]) -> None:
+        self._folder, self._names = folder, names
+
+    def __getitem__(self, name: str) -> Iterable[Tensor]:
+        if all(name not in names for _, names in self._names):
+            raise KeyError(name)
+        return (load_file(self._folder / file)[name] for file, names in self._names if name in names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for _, names in self._names for name in names))
+
+    def __len__(self) -> int:
+        return len(set(iter(self)))
+
+
+def _summary_file(place: Block) -> str:
+    return f"summary-{'stem' if place is None else place}.safetensors"
+
+
+class SummarySweep:
+    """Fill the work folder with the summaries of every place.
+
+    Args:
+        checkpoint: the dense model.
+        method: whose ``score`` to call.
+        folder: the work folder.
+        journal: records every finished place.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, method: Method, folder: Path, journal: Journal, progress: Progress
+    ) -> None:
+        self.checkpoint, self.method, self.folder = checkpoint, method, folder
+        self.journal, self.progress = journal, progress
+        self._done = {record["place"]: record["names"] for record in journal.done("summary")}
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    def _keep(self, place: Block, view: BlockView, evidence: Mapping[str, Tensor]) -> None:
+        summary = {name: tensor.contiguous().cpu() for name, tensor in self.method.score(view, evidence).items()}
+        if summary:
+            temporary = self.folder / "summary.new"
+            save_file(summary, temporary)
+            temporary.replace(self.folder / _summary_file(place))
+        self._done[place] = sorted(summary)
+        self.journal.add("summary", place=place, names=sorted(summary))
+
+    def summaries(self) -> Summaries:
+        order = [place for place in self.architecture.places if self._done.get(place)]
+        return Summaries(self.folder, [(_summary_file(place), self._done[place]) for place in order])
+
+    def from_weights(self) -> None:
+        """One pass over the weights a data-free score reads."""
+        if self.method.roles == ():
+            return
+        self.progress.start("score", len(self.architecture.places))
+        for number, place in enumerate(self.architecture.places, 1):
+            if place not in self._done:
+                self._keep(place, view_of(self.checkpoint, place, self.method.roles), {})
+            self.progress.step(number)
+
+    def from_data(self, ids: Tensor, runner: BlockRunner) -> None:
+        """One dense forward pass, block by block; gathers what the method's ``evidence`` names."""
+        blocks = range(len(self.architecture.sizes.blocks))
+        if all(place in self._done for place in self.architecture.places):
+            return
+        self.progress.start("gather", len(blocks))
+        runner.load(None, self.checkpoint.read(None))
+        activations = Activations(ids, runner, self.folder)
+        activations.capture()
+        first = self._restore(activations)
+        saved = time.monotonic()
+        for block in blocks:
+            if block >= first:
+                self._gather_block(activations, block)
+                if time.monotonic() - saved > _SAVE_EVERY and block + 1 < len(blocks):
+                    activations.save(self.folder / "activations.safetensors")
+                    self.journal.add("activations", block=block + 1)
+                    saved = time.monotonic()
+            self.progress.step(block + 1)
+        if None not in self._done:
+            final = GramCollector(self.architecture.sizes.residual, runner.device)
+            for shard in activations.shards:
+                for batch in shard:
+                    final.add(activations.values[batch].to(runner.device))
+                final.close_shard()
+            self._keep(None, BlockView(self.architecture, None, {}), {"final_norm": final.total})
+        runner.unload(None)
+
+    def _restore(self, activations: Activations) -> int:
+        """Block to go on with: that of the last copy of the activations."""
+        saved = self.journal.done("activations")
+        if not saved:
+            return 0
+        activations.restore(self.folder / "activations.safetensors")
+        return int(saved[-1]["block"])
+
+    def _gather_block(self, activations: Activations, block: int) -> None:
+        runner = activations.runner
+        tensors = self.checkpoint.read(block)
+        runner.load(block, tensors)
+        collectors: dict[str, GramCollector] = {}
+        hooks = []
+        if block not in self._done and "stream" in self.method.evidence:
+            for role in ("attention_norm", "ffn_norm"):
+                collectors[role] = GramCollector(self.architecture.sizes.residual, runner.device)
+                hooks.append(runner.norm_on_stream(role, block).register_forward_pre_hook(_adder(collectors[role])))
+        for shard in activations.shards:
+            for batch in shard:
+                hidden = activations.values[batch].to(runner.device)
+                output = runner.run(block, hidden, activations.call(batch, block))
+                if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
+                    found = f"values of block {block} are not finite in calibration windows {batch.start} to {batch.stop - 1}"
+                    refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
+                activations.values[batch] = output.to(activations.values.device)
+            for collector in collectors.values():
+                collector.close_shard()
+        for hook in hooks:
+            hook.remove()
+        runner.unload(block)
+        if block not in self._done:
+            evidence = {role: collector.total for role, collector in collectors.items()}
+            self._keep(block, BlockView(self.architecture, block, tensors), evidence)
+
+
+def _adder(collector: GramCollector) -> object:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        collector.add(inputs[0])
+
+    return hook
+
+
+def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None) -> BlockView:
+    """The tensors of a place, of some roles only."""
+    architecture = checkpoint.architecture
+    names = [t.name for t in architecture.tensors_of(place) if roles is None or t.role in roles]
+    return BlockView(architecture, place, checkpoint.read(place, names))
+
+
+def cut_sweep(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layout: OutputLayout,
+    writer: TensorWriter,
+    journal: Journal,
+    progress: Progress,
+    device: torch.device,
+) -> dict[str, str]:
+    """Cut and write every place.
+
+    Returns:
+        SHA-256 of every tensor written, by its name in the output.
+    """
+    digests: dict[str, str] = {}
+    for record in journal.done("cut"):
+        digests.update(record["tensors"])
+    # what an interrupted run claims is believed only if the file says the same
+    intact = {name for name, digest in digests.items() if writer.digest(name) == digest}
+    progress.start("cut", len(layout.pieces))
+    for number, (place, pieces) in enumerate(layout.pieces.items(), 1):
+        if not all(piece.header.name in intact for piece in pieces):
+            dense = {name: tensor.to(device) for name, tensor in checkpoint.read(place).items()}
+            tensors = cut_place(checkpoint.architecture, place, dense, plan)
+            written = {p.header.name: writer.write(p.header.name, p.packed.pack(tensors)) for p in pieces}
+            digests.update(written)
+            journal.add("cut", place=place, tensors=written)
+        progress.step(number)
+    copied = {}
+    for source, header in layout.copies:
+        if header.name not in intact:
+            (_, tensor), *_ = checkpoint.folder.read([source])
+            copied[header.name] = writer.write(header.name, tensor)
+    if copied:
+        journal.add("cut", place="copies", tensors=copied)
+    return {**digests, **copied}

@@ -1,0 +1,110 @@
+"""The reload check: a save is finished only after plain transformers finds in the folder what the engine computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.checkpoints import Checkpoint, Folder, TensorWriter
+from secateur.cuts import cut_place
+from secateur.engine.blocks import BlockRunner
+from secateur.errors import InternalError
+from secateur.families.stock import quiet_transformers
+from secateur.plans import Plan
+
+WHOLE_MODEL = 2**30
+"""Bytes of weight files up to which the whole model is loaded for the check."""
+_TOKENS = 16
+
+
+def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWriter, digests: dict[str, str]) -> str:
+    """Check a written folder.
+
+    The stock configuration and class agree with every key, shape and data type; tensors hash as written; the first and
+    the last block, cut again from the source, give through stock layers what the blocks in the file give; and, where
+    the file is small enough to hold, plain ``from_pretrained`` gives the same logits.
+
+    Returns:
+        The transformers version that was used.
+
+    Raises:
+        InternalError: whatever disagrees, by name.
+    """
+    import transformers
+
+    for name in writer.names:
+        if writer.digest(name) != digests.get(name):
+            raise InternalError("reload-check", f"hash of {name}", "the file does not hold what was written")
+    written = Checkpoint(Folder(folder))
+    if written.problems:
+        problem = written.problems[0]
+        raise InternalError("reload-check", problem.asked, problem.found)
+    if written.architecture.sizes != plan.after:
+        raise InternalError(
+            "reload-check", f"sizes {plan.after}", f"the configuration gives {written.architecture.sizes}"
+        )
+    dtype = _probe_type(written)
+    engine, reader = (BlockRunner(written.architecture, dtype, torch.device("cpu")) for _ in range(2))
+    _load_tables(reader, written)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, _positions(written))), generator=generator)
+    _, calls = reader.capture(ids)
+    hidden = torch.randn(1, ids.shape[1], plan.after.residual, generator=generator).to(dtype)
+    for new, old in {(0, plan.blocks[0]), (len(plan.blocks) - 1, plan.blocks[-1])}:
+        cut = cut_place(source.architecture, old, source.read(old), plan)
+        engine.load(new, {name.replace(f"blocks.{old}.", f"blocks.{new}.", 1): t for name, t in cut.items()})
+        reader.load(new, written.read(new))
+        expected, found = (runner.run(new, hidden, calls[new]) for runner in (engine, reader))
+        _require_close(f"block {new}", expected, found)
+        engine.unload(new)
+        reader.unload(new)
+    if written.folder.bytes <= WHOLE_MODEL:
+        _check_whole(written, reader, ids, dtype)
+    return str(transformers.__version__)
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    return int(getattr(checkpoint.architecture.config, "max_position_embeddings", _TOKENS))
+
+
+def _probe_type(checkpoint: Checkpoint) -> torch.dtype:
+    return torch.float64 if "F64" in checkpoint.dtypes.values() else torch.float32
+
+
+def _load_tables(runner: BlockRunner, checkpoint: Checkpoint) -> None:
+    runner.load(None, checkpoint.read(None))
+
+
+def _require_close(what: str, expected: Tensor, found: Tensor) -> None:
+    error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if not error < 1e-4:
+        raise InternalError("reload-check", f"output of {what}", f"relative difference {error:.3g} after reloading")
+
+
+def _check_whole(written: Checkpoint, reader: BlockRunner, ids: Tensor, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            written.folder.path, dtype=dtype, output_loading_info=True, local_files_only=True
+        )
+    travelling = {header.name for header in written.passthrough}
+    wrong: dict[str, Any] = {
+        "missing": set(info["missing_keys"]),
+        "unexpected": set(info["unexpected_keys"]) - travelling,
+        "mismatched": set(info["mismatched_keys"]),
+    }
+    for kind, names in wrong.items():
+        if names:
+            raise InternalError("reload-check", "loading with plain transformers", f"{kind} keys: {sorted(names)[:3]}")
+    hidden, calls = reader.capture(ids)
+    for block in range(len(reader.blocks)):
+        reader.load(block, written.read(block))
+        hidden = reader.run(block, hidden, calls[block])
+        reader.unload(block)
+    with torch.no_grad():
+        found = model.eval()(input_ids=ids, use_cache=False).logits
+    _require_close("the whole model", reader.logits(ids, hidden), found)

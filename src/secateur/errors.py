@@ -1,0 +1,49 @@
+"""What goes wrong, said in three parts: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+class SecateurError(Exception):
+    """A failure with a message fit for the person who asked.
+
+    Args:
+        code: short stable identifier, e.g. ``"unknown-method"``.
+        asked: what was asked for.
+        found: what was found instead.
+        hint: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, code: str, asked: str, found: str, hint: str = "") -> None:
+        self.code, self.asked, self.found, self.hint = code, asked, found, hint
+        super().__init__(f"{asked}: {found}." + (f" {hint}." if hint else ""))
+
+    def as_dict(self) -> dict[str, str]:
+        return {"code": self.code, "asked": self.asked, "found": self.found, "hint": self.hint}
+
+
+class RequestError(SecateurError):
+    """The request or the input is at fault (exit code 2)."""
+
+    exit_code = 2
+
+
+class InternalError(SecateurError):
+    """Secateur or the machine is at fault (exit code 1)."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """A hint naming the known names closest to ``name``, or all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+def refuse(code: str, asked: str, found: str, hint: str = "") -> NoReturn:
+    """Raise a :class:`RequestError`."""
+    raise RequestError(code, asked, found, hint.rstrip("."))

@@ -1,0 +1,65 @@
+"""Packed tensors: how the stock class and the file on disk fuse, stack and transpose canonical matrices.
+
+Canonical tensors are [out, in] matrices (and biases), one per role and expert. A packed tensor holds several of
+them: ``c_attn`` holds [q; k; v] transposed, ``experts.gate_up_proj`` stacks [gate; up] of every expert. ``pack`` and
+``unpack`` are exact inverses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor of a module or a file.
+
+    Attributes:
+        name: its name there.
+        parts: canonical names, [stack][concatenated along the written axis]; one stack unless ``stacked``.
+        stacked: whether dimension 0 runs over the experts.
+        transposed: whether each matrix is stored [in, out].
+    """
+
+    name: str
+    parts: tuple[tuple[str, ...], ...]
+    stacked: bool = False
+    transposed: bool = False
+
+    @property
+    def canonical(self) -> tuple[str, ...]:
+        return tuple(name for group in self.parts for name in group)
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Shape of the packed tensor, given those of its parts."""
+        group = [shapes[name] for name in self.parts[0]]
+        matrix: Shape = (sum(s[0] for s in group), *group[0][1:])
+        if self.transposed:
+            matrix = matrix[::-1]
+        return (len(self.parts), *matrix) if self.stacked else matrix
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The packed tensor of canonical ones (contiguous; a view where nothing has to move)."""
+        groups = []
+        for names in self.parts:
+            pieces = [tensors[name] for name in names]
+            matrix = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            groups.append(matrix.t() if self.transposed and matrix.ndim == 2 else matrix)
+        return (torch.stack(groups) if self.stacked else groups[0]).contiguous()
+
+    def unpack(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+        """Canonical tensors, as views of ``tensor``."""
+        result: dict[str, Tensor] = {}
+        for index, names in enumerate(self.parts):
+            matrix = tensor[index] if self.stacked else tensor
+            if self.transposed and matrix.ndim == 2:
+                matrix = matrix.t()
+            for name, piece in zip(names, matrix.split([shapes[n][0] for n in names]), strict=True):
+                result[name] = piece
+        return result

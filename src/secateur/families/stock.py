@@ -1,0 +1,92 @@
+"""The stock transformers classes: configurations and models without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import refuse
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' notices out of our output for the duration."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def stock_config(raw: Mapping[str, Any]) -> Any:
+    """The stock configuration object of a ``config.json``'s content.
+
+    Raises:
+        RequestError: the stock class does not accept it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[str(raw["model_type"])]
+    try:
+        with quiet_transformers():
+            return kind.from_dict(dict(raw))
+    except Exception as error:  # the classes validate with many exception types
+        message = " ".join(str(error).split())
+        refuse("bad-config", f"configuration for {kind.__name__}", message or type(error).__name__)
+
+
+def example_config(model_type: str) -> dict[str, Any]:
+    """The content of a ``config.json`` as the stock class fills it in by default."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with quiet_transformers():
+        found: dict[str, Any] = CONFIG_MAPPING[model_type]().to_dict()
+    return found
+
+
+def meta_model(config: Any) -> Any:
+    """The stock causal language model of ``config`` on the meta device."""
+    return _build(config, lambda: torch.device("meta"))
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Allocates what ``torch.empty`` makes (parameters) on meta; computed buffers stay real."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def skeleton_model(config: Any, dtype: torch.dtype) -> Any:
+    """The stock model with its matrices on meta and its computed buffers (rotary tables) real."""
+    return _build(config, _EmptyOnMeta, dtype)
+
+
+def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers(), context():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        refuse("bad-config", f"model of {type(config).__name__}", message or type(error).__name__)
+    return model.eval().requires_grad_(False)

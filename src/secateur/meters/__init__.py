@@ -1,0 +1,1 @@
+"""Measure: parameters, bytes, FLOPs, memory, perplexity, speed."""

@@ -1,0 +1,120 @@
+"""Perplexity, once and for all.
+
+The text is encoded once with the tokenizer's default special tokens and cut into windows of T = min(context of the
+model, asked context, 2048) tokens, the tail dropped; each window predicts its T - 1 next tokens; the figure is exp of
+the token-weighted mean of the float32 negative log-likelihoods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from secateur.checkpoints import Checkpoint
+from secateur.data.sources import read_text
+from secateur.data.windows import encode, load_tokenizer
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.prepare import LONGEST_WINDOW, context_of
+from secateur.errors import refuse
+from secateur.families.stock import quiet_transformers
+from secateur.meters.memory import available_bytes
+
+Logits = Callable[[Tensor], Tensor]
+_BATCH_TOKENS = 2048
+_SHARE_OF_MEMORY = 0.4
+
+
+@dataclass(frozen=True)
+class Text:
+    """A held-out text as windows of token ids, [count, T]."""
+
+    windows: Tensor
+
+    @property
+    def context(self) -> int:
+        return int(self.windows.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return int(self.windows.shape[0] * (self.context - 1))
+
+    @classmethod
+    def read(cls, path: str, checkpoint: Checkpoint, context: int | None = None) -> Text:
+        """Encode a text file for a model.
+
+        Raises:
+            RequestError: unreadable text, or one shorter than a window.
+        """
+        text = read_text(Path(path))
+        ids = torch.from_numpy(encode(load_tokenizer(checkpoint.folder.path), text))
+        length = min(context_of(checkpoint), context or LONGEST_WINDOW, LONGEST_WINDOW)
+        count = len(ids) // length
+        if not count:
+            found = f"{len(ids)} tokens, shorter than one window of {length}"
+            refuse("short-text", f"text {path!r}", found, "give more text or a smaller --context")
+        if int(ids.max()) >= checkpoint.architecture.sizes.vocab:
+            refuse("bad-tokens", f"text {path!r}", "the tokenizer's ids exceed the model's vocabulary")
+        return cls(ids[: count * length].view(count, length))
+
+
+def fits(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether the whole model may be held in memory."""
+    return checkpoint.params * dtype.itemsize < _SHARE_OF_MEMORY * available_bytes()
+
+
+def perplexity(checkpoint: Checkpoint, text: Text, dtype: torch.dtype, device: torch.device) -> float:
+    """Perplexity of a checkpoint on a text; block by block from the file where the whole model does not fit."""
+    rows = max(1, _BATCH_TOKENS // text.context)
+    batches = text.windows.split(rows)
+    if fits(checkpoint, dtype):
+        total = _whole(checkpoint, batches, dtype, device)
+    else:
+        total = _streamed(checkpoint, batches, dtype, device)
+    mean = total / text.tokens
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def load_stock(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """The model as plain transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder.path, dtype=dtype, local_files_only=True
+        )
+    return model.to(device).eval()
+
+
+def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return float(functional.cross_entropy(flat, ids[:, 1:].flatten().to(flat.device), reduction="sum"))
+
+
+@torch.no_grad()
+def _whole(checkpoint: Checkpoint, batches: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device) -> float:
+    model = load_stock(checkpoint, dtype, device)
+    return sum(
+        _negative_log_likelihood(model(input_ids=batch.to(device), use_cache=False).logits, batch) for batch in batches
+    )
+
+
+def _streamed(checkpoint: Checkpoint, batches: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device) -> float:
+    runner = BlockRunner(checkpoint.architecture, dtype, device)
+    runner.load(None, checkpoint.read(None))
+    captured = [runner.capture(batch) for batch in batches]
+    hidden, calls = [state for state, _ in captured], [call for _, call in captured]
+    for block in range(len(runner.blocks)):
+        runner.load(block, checkpoint.read(block))
+        hidden = [runner.run(block, state, call[block]) for state, call in zip(hidden, calls, strict=True)]
+        runner.unload(block)
+    return sum(
+        _negative_log_likelihood(runner.logits(batch, state), batch)
+        for batch, state in zip(batches, hidden, strict=True)
+    )

@@ -1,0 +1,57 @@
+"""Magnitude: units with the largest weights stay (specs of LLM-Pruner, arXiv:2305.11627, and FLAP's mag_sp)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from secateur.methods.base import Study
+from secateur.methods.selection import Selection
+from secateur.scores.norms import unit_energy
+from secateur.spaces import BlockView, Member, Space, spaces_of
+
+
+class Magnitude(Selection):
+    """Keep the units whose weights have the largest Euclidean norm."""
+
+    name = "magnitude"
+    title = "Magnitude of the coupled weights"
+    paper = "arXiv:2305.11627"
+    roles = None
+
+    of: Literal["group", "first", "reader"] = Field(
+        "group",
+        description="weights that count: all that go with the unit, those of the first matrix that writes it "
+        "(row norm of gate_proj), or those that read it (FLAP's mag_sp)",
+    )
+
+    def _counts(self, member: Member) -> bool:
+        if self.of == "reader":
+            return not member.writes
+        first = {"ffn": ("gate", "up"), "kv": ("q",), "residual": ("embedding",)}.get(self.cuts, ())
+        return self.of == "group" or (member.writes and member.tensor.role in first)
+
+    def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.cuts == "blocks":
+            energy = sum(t.double().square().sum() for t in view.tensors.values()) if view.place is not None else None
+            return {} if energy is None else {"blocks": Tensor.reshape(energy, (1,))}  # type: ignore[arg-type]
+        return {
+            space.name: unit_energy(self._members(view, space), space.size)
+            for space in spaces_of(view.architecture.sizes, self.cuts, view.place)
+        }
+
+    def _members(self, view: BlockView, space: Space) -> list[Member]:
+        members = [member for member in view.members(space) if self._counts(member)]
+        gated = any(member.tensor.role == "gate" for member in members)
+        if self.of == "first" and gated:
+            members = [member for member in members if member.tensor.role == "gate"]
+        return members
+
+    def unit_scores(self, study: Study, space: Space) -> Tensor:
+        import torch
+
+        parts = list(study.summaries[space.name])
+        return torch.cat(parts) if space.kind == "blocks" else torch.stack(parts).sum(0)

@@ -1,0 +1,5 @@
+from secateur.methods.selection import Selection
+
+
+class PruneNet(Selection):
+    name = "prunenet"

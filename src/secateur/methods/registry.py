@@ -1,0 +1,67 @@
+"""The methods by name, imported on first use; third parties add theirs through the entry-point group below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final
+
+from secateur.errors import RequestError, near
+
+if TYPE_CHECKING:
+    from secateur.methods.base import Method
+
+ENTRY_POINTS: Final = "secateur.methods"
+_OURS: Final = {
+    "magnitude": "secateur.methods.magnitude:Magnitude",
+    "prunenet": "secateur.methods.prunenet:PruneNet",
+    "random": "secateur.methods.random:Random",
+    "slicegpt": "secateur.methods.slicegpt:SliceGpt",
+}
+DEFAULT_WITH_DATA: Final = "slicegpt"
+DEFAULT_WITHOUT_DATA: Final = "prunenet"
+
+
+def method_names() -> list[str]:
+    """Names of all methods, installed ones included."""
+    return sorted({*_OURS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method; an unknown name is refused with near matches."""
+    if name in _OURS:
+        module, _, attribute = _OURS[name].partition(":")
+        found: type[Method] = getattr(import_module(module), attribute)
+        return found
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            loaded: type[Method] = entry.load()
+            return loaded
+    raise RequestError("unknown-method", f"method {name!r}", "there is no such method", near(name, method_names()))
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """A method with its options checked against its schema.
+
+    Raises:
+        RequestError: unknown method, unknown option (near matches), or a value out of range.
+    """
+    from pydantic import ValidationError
+
+    kind = method_class(name)
+    unknown = sorted(set(options) - set(kind.model_fields))
+    if unknown:
+        raise RequestError(
+            "unknown-option",
+            f"option {unknown[0]!r} of {name}",
+            "the method has no such option",
+            near(unknown[0], kind.model_fields),
+        )
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1]) or "options"
+        asked = f"option {key}={options.get(key)!r} of {name}"
+        raise RequestError("bad-option", asked, first["msg"], f"see: secateur methods {name}") from error

@@ -1,0 +1,104 @@
+"""Spaces: sets of interchangeable units, and where each lies in the tensors of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from secateur.families import Architecture, Block, CanonicalTensor, Sizes, canonical_name
+from secateur.families.roles import TABLES
+from secateur.families.sizes import UNIT_OF_AXIS
+
+Kind = Literal["ffn", "kv", "residual", "blocks"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Interchangeable units of one kind.
+
+    Attributes:
+        name: ``blocks.I.ffn``, ``blocks.I.experts.E.ffn``, ``blocks.I.kv``, ``residual`` or ``blocks``.
+        kind: what its units are: FFN neurons, KV-head groups with their query heads, residual dimensions, blocks.
+        size: number of units.
+        place: the block it lies in; None for those that span the model.
+        expert: the expert it lies in, if any.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    place: Block = None
+    expert: int | None = None
+
+
+def space_name(kind: str, tensor: CanonicalTensor) -> str:
+    """Name of the space of ``kind`` that a tensor's axis belongs to."""
+    if kind == "residual":
+        return kind
+    place = f"blocks.{tensor.block}"
+    return f"{place}.{kind}" if tensor.expert is None else f"{place}.experts.{tensor.expert}.{kind}"
+
+
+def spaces_of(sizes: Sizes, kind: Kind, place: Block = None) -> list[Space]:
+    """Spaces of one kind: those of the block ``place``, or the one that spans the model."""
+    if kind == "residual":
+        return [Space(kind, kind, sizes.residual)]
+    if kind == "blocks":
+        return [Space(kind, kind, len(sizes.blocks))]
+    if place is None:
+        return []
+    size = getattr(sizes.blocks[place], kind)
+    if kind == "ffn" and sizes.experts:
+        return [Space(f"blocks.{place}.experts.{e}.ffn", kind, size, place, e) for e in range(sizes.experts)]
+    return [Space(f"blocks.{place}.{kind}", kind, size, place)]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor that a space runs through: unit u covers [u * span, (u + 1) * span) of ``axis``."""
+
+    tensor: CanonicalTensor
+    values: Tensor
+    axis: int
+    span: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether the space's signal comes out of this tensor (rather than being read by it)."""
+        if self.tensor.role in TABLES:
+            return self.axis == 1
+        return self.axis == 0
+
+
+class BlockView:
+    """What a method sees of one place: its canonical tensors and its spaces.
+
+    Args:
+        architecture: the dense architecture.
+        place: block index, or None for the stem.
+        tensors: canonical tensors of the place, by name.
+    """
+
+    def __init__(self, architecture: Architecture, place: Block, tensors: Mapping[str, Tensor]) -> None:
+        self.architecture, self.place, self.tensors = architecture, place, tensors
+
+    def spaces(self, kind: Kind) -> list[Space]:
+        return spaces_of(self.architecture.sizes, kind, self.place)
+
+    def matrix(self, role: str, expert: int | None = None) -> Tensor | None:
+        """The [out, in] matrix of a role, None where the block has none."""
+        return self.tensors.get(canonical_name(self.place, role, "weight", expert))
+
+    def members(self, space: Space) -> Iterator[Member]:
+        """Every tensor of this place that the space runs through."""
+        sizes = self.architecture.sizes
+        for name, values in self.tensors.items():
+            tensor = self.architecture.tensors[name]
+            for index, axis in enumerate(tensor.axes):
+                kind = UNIT_OF_AXIS.get(axis)
+                if kind == space.kind and space_name(kind, tensor) == space.name:
+                    yield Member(tensor, values, index, sizes.span(axis))
