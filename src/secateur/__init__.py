@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from secateur.errors import SecateurError
+from secateur.version import __version__
 
 _PUBLIC = ("evaluate", "families", "inspect", "load", "methods", "preview", "prune")
 
@@ -22,8 +23,6 @@ __all__ = [
     "preview",
     "prune",
 ]
-
-from secateur.errors import SecateurError
 
 
 def __getattr__(name: str) -> Any:

@@ -50,9 +50,17 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
     for ratio in RATIOS:
         for method in METHODS:
             progress.note(f"{method} at ratio {ratio}")
-            data = {"data": calibration, "samples": _SAMPLES, "length": _WINDOW} if method == "slicegpt" else {}
             folder = output / f"{method}-{ratio}"
-            result = prune(model, method=method, ratio=ratio, output=folder, progress=progress, **data)
+            result = prune(
+                model,
+                method=method,
+                ratio=ratio,
+                data=calibration,
+                samples=_SAMPLES,
+                length=_WINDOW,
+                output=folder,
+                progress=progress,
+            )
             measured = evaluate(folder, text=held_out, context=_WINDOW)
             rows.append(
                 {
@@ -79,8 +87,9 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
     first = ["dense", 0, f"{dense['params']:,}", "0.0%", f"{dense['perplexity']:.2f}"]
     text = (
         "# Secateur demonstration\n\n"
-        f"The embedded model, held-out documentation text of this Python ({dense['tokens']:,} predicted tokens, windows of "
-        f"{dense['context']}); every folder beside this file loads with plain `transformers`.\n\n{table(head, [first, *cells])}\n"
+        f"The embedded model on held-out documentation of this Python ({dense['tokens']:,} predicted tokens, windows "
+        f"of {dense['context']}); every folder beside this file loads with plain `transformers`.\n\n"
+        f"{table(head, [first, *cells])}\n"
     )
     report.write_text(text, encoding="utf-8")
     return {"dense": dense, "rows": rows, "report": str(report)}

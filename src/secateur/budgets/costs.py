@@ -63,10 +63,9 @@ class Costs:
     def _total(self, sizes: Sizes, weigh: str) -> int:
         places: list[Block] = [None, *range(len(sizes.blocks))]
         head = sizes.vocab * sizes.residual
-        if weigh == "flops":
-            extra = head
-        else:
-            extra = 0 if sizes.tied else head * (self.itemsize if weigh == "bytes" else 1)
+        extra = head * (self.itemsize if weigh == "bytes" else 1)
+        if sizes.tied and weigh != "flops":
+            extra = 0
         return round(sum(self._sum(sizes, place, weigh) for place in places)) + extra
 
     def _params(self, sizes: Sizes) -> int:

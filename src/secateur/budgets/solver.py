@@ -106,7 +106,8 @@ class Budget:
         best = min(range(len(candidates)), key=lambda i: (abs(costs[i] - wanted), costs[i]))
         self.gap = (costs[best] - wanted) / present
         step = max((abs(costs[i] - costs[best]) for i in (best - 1, best + 1) if 0 <= i < len(costs)), default=0.0)
-        nearest = f"the nearest is {costs[best]:,.0f} ({costs[best] / present:.1%}) at {kind} {candidates[best].uniform(kind)}"
+        size = candidates[best].uniform(kind)
+        nearest = f"the nearest is {costs[best]:,.0f} ({costs[best] / present:.1%}) at {kind} {size}"
         if wanted < costs[0] - step / 2 or wanted > costs[-1] + step / 2:
             reach = (
                 f"cutting {kind} reaches from {costs[0] / present:.1%} to {costs[-1] / present:.1%} of {target.measure}"

@@ -1,4 +1,4 @@
-"""What the user asked for: ``--ratio 0.3``, or ``--target params=70%``, ``bytes=2GiB``, ``latency=0.8x`` (what remains)."""
+"""What was asked for: ``--ratio 0.3``, or what remains: ``--target params=70%``, ``bytes=2GiB``, ``latency=0.8x``."""
 
 from __future__ import annotations
 

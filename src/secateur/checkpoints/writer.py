@@ -91,7 +91,7 @@ class TensorWriter:
             raise InternalError(
                 "shape", f"writing {name} as {list(slot.header.shape)} of {slot.header.dtype}", f"the cut gave {found}"
             )
-        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         sha = hashlib.sha256()
         descriptor = os.open(slot.path, os.O_WRONLY)
         try:

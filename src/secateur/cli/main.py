@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur import __version__
 from secateur.errors import RequestError, SecateurError
+from secateur.version import __version__
 
 app = typer.Typer(
     name="secateur",

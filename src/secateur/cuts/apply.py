@@ -61,7 +61,11 @@ def select_units(tensor: Tensor, dimension: int, kept: Tensor, span: int) -> Ten
 
 
 def _rescale(architecture: Architecture, tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    """Keep an RMSNorm's divisor after a selection of the stream: writers times s, norm weights by s, s^2 before a tied head."""
+    """Keep an RMSNorm's divisor after a selection of the stream.
+
+    Writers are multiplied by s = sqrt(d / D), norm weights by 1 / s; the one before a tied head by 1 / s^2, because the
+    head is then a writer's copy.
+    """
     scale = math.sqrt(plan.after.residual / plan.before.residual)
     result = {}
     for name, tensor in tensors.items():

@@ -1,9 +1,9 @@
 """Narrow the residual stream in one basis shared by all blocks, exactly, in the stock classes.
 
-A space of width D becomes width d through x' = s R x with s = sqrt(d / D): readers take ``restore``, writers ``reduce``.
-A stock RMSNorm over d dimensions divides by sqrt(|x'|^2 / d + eps) = sqrt(|R x|^2 / D + eps), so with norm weights of 1 / s
-the readers see exactly the normalised projection; eps stays as it is (SliceGPT, arXiv:2401.15024, sec. 3, with one
-rotation for all blocks).
+A stream of width D becomes width d through x' = s R x with s = sqrt(d / D): readers take ``restore``, writers
+``reduce``. A stock RMSNorm over d dimensions divides by sqrt(|x'|^2 / d + eps) = sqrt(|R x|^2 / D + eps), so with norm
+weights of 1 / s the readers see exactly the normalised projection; eps stays as it is (SliceGPT, arXiv:2401.15024,
+sec. 3, with one rotation for all blocks).
 
 A LayerNorm also subtracts the mean. The projection is therefore carried in the hyperplane orthogonal to the vector
 of ones, which takes one spare dimension: d = k + 1 for k directions.
@@ -51,7 +51,8 @@ class StreamBasis:
             return self.directions
         centred = self.directions - self.directions.mean(0)
         left, values, _ = torch.linalg.svd(centred, full_matrices=False)
-        return left[:, values > 1e-9]
+        kept: Tensor = left[:, values > 1e-9]
+        return kept
 
     @cached_property
     def width(self) -> int:
@@ -91,7 +92,7 @@ def narrow_stream(
         weight, bias = (result.get(canonical_name(place, norm, kind)) for kind in ("weight", "bias"))
         if weight is None:
             continue
-        for name, tensor in tensors.items():
+        for name in tensors:
             described = architecture.tensors[name]
             if described.role not in readers or described.kind != "weight":
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ class Activations:
         bounds = [count * shard // SHARDS for shard in range(SHARDS + 1)]
         self.shards = [
             [slice(start, min(start + rows, stop)) for start in range(begin, stop, rows)]
-            for begin, stop in zip(bounds, bounds[1:], strict=False)
+            for begin, stop in pairwise(bounds)
         ]
         width = runner.architecture.sizes.residual
         elements = count * length * width

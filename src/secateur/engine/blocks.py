@@ -1,4 +1,4 @@
-"""Run the stock model block by block: capture what the first pass feeds each block, replay it on one block at a time."""
+"""Run the stock model block by block: capture the arguments it feeds each block, replay them one block at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818  (a signal, not an error)
     """Raised once the last block's arguments are known."""
 
 
@@ -56,7 +56,8 @@ class BlockRunner:
         """Free the weights of a place."""
         for packed in self.architecture.packed_of(place):
             module, leaf = self._locate(packed)
-            module._parameters[leaf] = nn.Parameter(torch.empty_like(module._parameters[leaf], device="meta"), False)
+            shape = module.get_parameter(leaf).shape
+            module._parameters[leaf] = nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), False)
 
     def _locate(self, packed: Packed) -> tuple[nn.Module, str]:
         path, _, leaf = packed.name.rpartition(".")
@@ -107,7 +108,7 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits of the stock model's own final norm and head, given the last block's output."""
-        with self._blocks_replaced(lambda *args, **kwargs: hidden):
+        with self._blocks_replaced(lambda *_, **__: hidden):
             result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result
 
@@ -123,4 +124,5 @@ class BlockRunner:
 
     def norm_on_stream(self, role: str, block: Block) -> nn.Module:
         """The module of a norm, to hook."""
-        return self.model.get_submodule(self.architecture.module_of(role, block))
+        found: nn.Module = self.model.get_submodule(self.architecture.module_of(role, block))
+        return found

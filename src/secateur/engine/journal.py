@@ -62,7 +62,7 @@ class Journal:
         text = "".join(json.dumps(record) + "\n" for record in self._records or [{"request": fingerprint}])
         temporary = self.path.with_suffix(".new")
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
     def add(self, step: str, **content: Any) -> None:
         """Record a finished step durably."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -44,12 +46,11 @@ class LatencyModel:
         hidden, calls = runner.capture(ids)
         block, stem = [], []
         for _ in range(_REPEATS):
-            block.append(self._seconds(lambda: runner.run(0, hidden, calls[0])))
-            stem.append(self._seconds(lambda: runner.logits(ids, hidden)))
+            block.append(self._seconds(partial(runner.run, 0, hidden, calls[0])))
+            stem.append(self._seconds(partial(runner.logits, ids, hidden)))
         return depth * statistics.median(block) + statistics.median(stem)
 
-    def _seconds(self, work: object) -> float:
-        assert callable(work)
+    def _seconds(self, work: Callable[[], object]) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         started = time.perf_counter()

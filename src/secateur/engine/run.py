@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import torch
 
-import secateur
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
 from secateur.checkpoints.folder import CONFIG, INDEX
 from secateur.data.windows import Windows, calibration_windows
@@ -26,6 +25,7 @@ from secateur.families import Architecture, Block
 from secateur.methods.base import Study
 from secateur.plans import Plan
 from secateur.spaces import BlockView
+from secateur.version import __version__
 
 RECORD: Final = "secateur.json"
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
@@ -80,7 +80,7 @@ class Run:
     def _fingerprint(self) -> dict[str, Any]:
         request = self.prepared.request
         return {
-            "version": secateur.__version__,
+            "version": __version__,
             "model": _model_digest(self.checkpoint),
             "method": self.prepared.method.name,
             "options": self.prepared.method.model_dump(mode="json"),
@@ -159,7 +159,7 @@ class Run:
         return record
 
     def _copy_companions(self, target: Architecture) -> list[str]:
-        """Write config.json and copy every other file of the source; returns weight files of other formats, left out."""
+        """Write config.json, copy every other file of the source; returns weight files of other formats, left out."""
         source = self.checkpoint.folder.path
         own = {self.output.resolve(), self.work.resolve()}
         left: list[str] = []
@@ -189,7 +189,7 @@ class Run:
         prepared = self.prepared
         loads = dict(self.checkpoint.architecture.family.loads_in)
         return {
-            "secateur": secateur.__version__,
+            "secateur": __version__,
             "method": prepared.method.name,
             "requested": requested(prepared),
             "before": asdict(plan.before),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -148,7 +148,8 @@ class SummarySweep:
                 hidden = activations.values[batch].to(runner.device)
                 output = runner.run(block, hidden, activations.call(batch, block))
                 if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
-                    found = f"values of block {block} are not finite in calibration windows {batch.start} to {batch.stop - 1}"
+                    where = f"calibration windows {batch.start} to {batch.stop - 1}"
+                    found = f"values of block {block} are not finite in {where}"
                     refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
                 activations.values[batch] = output.to(activations.values.device)
             for collector in collectors.values():
@@ -161,8 +162,8 @@ class SummarySweep:
             self._keep(block, BlockView(self.architecture, block, tensors), evidence)
 
 
-def _adder(collector: GramCollector) -> object:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def _adder(collector: GramCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         collector.add(inputs[0])
 
     return hook

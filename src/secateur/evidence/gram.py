@@ -27,7 +27,7 @@ class GramCollector:
         rows = signal.detach().reshape(-1, signal.shape[-1])
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
-        for chunk in rows.split(_CHUNK):
+        for chunk in torch.split(rows, _CHUNK):
             self._shard += chunk.t() @ chunk
 
     def close_shard(self) -> None:

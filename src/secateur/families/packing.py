@@ -60,6 +60,6 @@ class Packed:
             matrix = tensor[index] if self.stacked else tensor
             if self.transposed and matrix.ndim == 2:
                 matrix = matrix.t()
-            for name, piece in zip(names, matrix.split([shapes[n][0] for n in names]), strict=True):
-                result[name] = piece
+            pieces = torch.split(matrix, [shapes[name][0] for name in names])
+            result.update(zip(names, pieces, strict=True))
         return result

@@ -46,7 +46,8 @@ class Sizes:
         if name in ("ffn", "kv", "heads"):
             if block is None:
                 raise InternalError("axis", f"axis {name!r} of the stem", "only blocks have it")
-            return getattr(self.blocks[block], "ffn" if name == "ffn" else "kv") * self.span(name)
+            units = self.blocks[block].ffn if name == "ffn" else self.blocks[block].kv
+            return units * self.span(name)
         length = getattr(self, name)
         assert isinstance(length, int)
         return length

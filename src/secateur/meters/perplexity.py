@@ -72,7 +72,7 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
 def perplexity(checkpoint: Checkpoint, text: Text, dtype: torch.dtype, device: torch.device) -> float:
     """Perplexity of a checkpoint on a text; block by block from the file where the whole model does not fit."""
     rows = max(1, _BATCH_TOKENS // text.context)
-    batches = text.windows.split(rows)
+    batches = torch.split(text.windows, rows)
     if fits(checkpoint, dtype):
         total = _whole(checkpoint, batches, dtype, device)
     else:

@@ -1,7 +1,7 @@
 """What a method is: options, and up to three pure functions on data it is handed.
 
-``sizes(budget)`` says what would remain, ``score(view, evidence)`` summarises one place, ``decide(study)`` makes the plan.
-A method never opens a file, never touches a device, never knows the command line or another method.
+``sizes(budget)`` says what would remain, ``score(view, evidence)`` summarises one place, ``decide(study)`` makes the
+plan. A method never opens a file, never touches a device, never knows the command line or another method.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Study:
     generator: torch.Generator
     view: Callable[[Block, tuple[str, ...] | None], BlockView]
     summaries: Mapping[str, Iterable[Tensor]] = field(default_factory=dict)
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None
+    progress: Callable[[int, int, str], None] = lambda *_: None
 
     def spaces(self, kind: Kind) -> list[Space]:
         """All spaces of a kind, in the order of the blocks."""

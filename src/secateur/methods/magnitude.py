@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -36,8 +37,10 @@ class Magnitude(Selection):
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.cuts == "blocks":
-            energy = sum(t.double().square().sum() for t in view.tensors.values()) if view.place is not None else None
-            return {} if energy is None else {"blocks": Tensor.reshape(energy, (1,))}  # type: ignore[arg-type]
+            if view.place is None:
+                return {}
+            norms = [torch.linalg.vector_norm(t, dtype=torch.float32).double() for t in view.tensors.values()]
+            return {"blocks": torch.stack(norms).square().sum().view(1)}
         return {
             space.name: unit_energy(self._members(view, space), space.size)
             for space in spaces_of(view.architecture.sizes, self.cuts, view.place)
@@ -51,7 +54,5 @@ class Magnitude(Selection):
         return members
 
     def unit_scores(self, study: Study, space: Space) -> Tensor:
-        import torch
-
         parts = list(study.summaries[space.name])
         return torch.cat(parts) if space.kind == "blocks" else torch.stack(parts).sum(0)

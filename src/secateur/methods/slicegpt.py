@@ -1,4 +1,4 @@
-"""SliceGPT: delete directions of the residual stream after a PCA rotation (Ashkboos et al., ICLR 2024, arXiv:2401.15024).
+"""SliceGPT: delete directions of the residual stream after a PCA rotation (ICLR 2024, arXiv:2401.15024).
 
 The paper rotates every block's interface by its own PCA and pays with two shortcut matrices per block. In the native
 layout one rotation is shared by all blocks: the PCA of the sum of the interfaces' trace-normalised Grams. No shortcut
@@ -73,9 +73,8 @@ class SliceGpt(Method):
             return _random_orthogonal(width, generator)[:, :count]
         if self.basis == "subset":
             return torch.eye(width, dtype=torch.float64)[:, keep_best(gram.diagonal(), count)]
-        values, vectors = torch.linalg.eigh(gram)  # ascending
-        del values
-        directions = vectors.flip(1)[:, :count]
+        _, vectors = torch.linalg.eigh(gram)  # ascending
+        directions: Tensor = vectors.flip(1)[:, :count]
         # the sign of an eigenvector is arbitrary: make its largest entry positive
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         return directions * largest.sign()
@@ -101,4 +100,5 @@ class SliceGpt(Method):
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Haar-distributed orthogonal matrix."""
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
+    signed: Tensor = q * r.diagonal().sign()
+    return signed

@@ -1,0 +1,158 @@
+"""What there is and what it measures: ``evaluate``, ``methods``, ``families``, ``inspect``, ``load``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.checkpoints import Checkpoint, Folder
+from secateur.checkpoints.hub import locate
+from secateur.engine.prepare import (
+    context_of,
+    costs_of,
+    resolve_device,
+)
+from secateur.errors import refuse
+from secateur.families import Architecture, family_names
+from secateur.families.stock import example_config
+from secateur.meters.counts import count
+from secateur.meters.evaluate import evaluate_models, ratios
+from secateur.methods.base import WORTH, Method
+from secateur.methods.registry import method_class, method_names
+from secateur.spaces import KINDS, Kind, spaces_of
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str | Path | None = None,
+    context: int | None = None,
+    against: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Measure a checkpoint, alone or beside another in the same run.
+
+    Args:
+        model: checkpoint folder or hub id.
+        text: held-out text file for the perplexity.
+        context: tokens of a perplexity window.
+        against: another checkpoint; adds ``against`` (its figures) and ``ratio`` (model / against).
+        tasks: names of lm-eval tasks (extra ``eval``).
+    """
+    where = resolve_device(device)
+    names = [str(model)] + ([] if against is None else [str(against)])
+    if text is not None and not Path(text).is_file():
+        refuse("no-text", f"text {str(text)!r}", "there is no such file")
+    checkpoints = [Checkpoint.open(Path(locate(name))) for name in names]
+    figures = evaluate_models(checkpoints, None if text is None else str(text), context, dtype, where)
+    result: dict[str, Any] = dict(figures[0])
+    if tasks:
+        from secateur.meters.tasks import task_figures
+
+        result["tasks"] = task_figures(checkpoints[0], tasks, where)
+    if against is not None:
+        result["against"] = figures[1]
+        result["ratio"] = ratios(figures[0], figures[1])
+    return result
+
+
+def methods(name: str | None = None) -> dict[str, Any]:
+    """Facts of all methods by name, or of one with its options (type, default, description)."""
+    return {key: describe(method_class(key)) for key in ([name] if name else method_names())}
+
+
+def describe(kind: type[Method]) -> dict[str, Any]:
+    """Facts of a method class."""
+    schema = kind.model_json_schema()["properties"]
+    options = {
+        key: {
+            "type": str(kind.model_fields[key].annotation)
+            .removeprefix("typing.")
+            .replace("<class '", "")
+            .replace("'>", ""),
+            "choices": _choices(entry),
+            "default": kind.model_fields[key].default,
+            "description": kind.model_fields[key].description or "",
+        }
+        for key, entry in schema.items()
+    }
+    return {
+        "title": kind.title,
+        "paper": kind.paper,
+        "data": kind.data,
+        "output": kind.output,
+        "worth": WORTH[kind.output],
+        "options": options,
+    }
+
+
+def _choices(entry: Mapping[str, Any]) -> list[Any] | None:
+    found = entry.get("enum") or next((part["enum"] for part in entry.get("anyOf", ()) if "enum" in part), None)
+    return None if found is None else list(found)
+
+
+def families() -> dict[str, Any]:
+    """Every architecture, and for each kind of space what the native layout can do with it."""
+    found = {}
+    for name in family_names():
+        architecture = Architecture(example_config(name))
+        native = {}
+        for kind in KINDS:
+            reasons = architecture.refusals(kind)
+            native[kind] = f"refused: {'; '.join(reasons)}" if reasons else _exactness(architecture, kind)
+        found[name] = {"native": native, "loads_in": dict(architecture.family.loads_in)}
+    return found
+
+
+def _exactness(architecture: Architecture, kind: Kind) -> str:
+    rules = [rule.why for rule in architecture.family.constraints if rule.size == kind]
+    exact = "exact with 1 extra dimension" if kind == "residual" and architecture.family.norm == "layer" else "exact"
+    return f"{exact} ({'; '.join(rules)})" if rules else exact
+
+
+def inspect(model: str | Path) -> dict[str, Any]:
+    """Sizes, spaces and costs of a checkpoint, from its headers."""
+    checkpoint = Checkpoint.open(Path(locate(str(model))))
+    architecture, costs = checkpoint.architecture, costs_of(checkpoint)
+    sizes = architecture.sizes
+    spaces = {}
+    for kind in KINDS:
+        places = [None] if kind in ("residual", "blocks") else [p for p in architecture.places if p is not None]
+        every = [space for place in places for space in spaces_of(sizes, kind, place)]
+        present = sizes.uniform(kind) or 0
+        unit = costs.params(sizes) - costs.params(sizes.resized(kind, present - 1))
+        reasons = architecture.refusals(kind)
+        spaces[kind] = {
+            "units": present,
+            "count": len(every),
+            "params_per_unit": unit // len(every),
+            "share": unit * present / costs.params(sizes) if kind != "residual" else 1.0,
+            "native": "refused: " + "; ".join(reasons) if reasons else _exactness(architecture, kind),
+        }
+    return {
+        "model_type": architecture.family.model_type,
+        **count(checkpoint),
+        "dtypes": sorted(set(checkpoint.dtypes.values())),
+        "tied": sizes.tied,
+        "context": context_of(checkpoint),
+        "passthrough": [header.name for header in checkpoint.passthrough],
+        "spaces": spaces,
+    }
+
+
+def load(path: str | Path, **options: Any) -> nn.Module:
+    """Load a checkpoint that Secateur wrote (or any other); native ones go through plain transformers.
+
+    Args:
+        options: passed on to ``AutoModelForCausalLM.from_pretrained``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Folder(Path(locate(str(path))))
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder.path, **options)
+    return model

@@ -1,0 +1,135 @@
+"""``preview``: what a prune would do, from headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.api.pruning import require_output, require_text
+from secateur.budgets import Budget
+from secateur.checkpoints import Checkpoint, Folder
+from secateur.checkpoints.hub import locate
+from secateur.engine.prepare import (
+    LONGEST_WINDOW,
+    choose_method,
+    context_of,
+    costs_of,
+    resolve_device,
+)
+from secateur.engine.request import PruneRequest, make_request
+from secateur.errors import RequestError, SecateurError, refuse
+from secateur.methods.base import WORTH, Method
+
+
+def preview(model: str | Path, *, recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
+    """What ``prune`` with the same arguments would do; reads headers only and lists every problem at once.
+
+    Returns:
+        ``problems`` (errors as dictionaries), and, as far as they can be told, ``method``, ``output_kind``, ``sizes``,
+        ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds), ``peak_bytes`` (estimate),
+        ``layout``, ``loads_in``.
+    """
+    problems: list[SecateurError] = []
+    found: dict[str, Any] = {"problems": []}
+
+    @contextmanager
+    def collecting() -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            problems.append(error)
+
+    request: PruneRequest | None = None
+    method: Method | None = None
+    checkpoint: Checkpoint | None = None
+    with collecting():
+        request = make_request({**options, "model": str(model)}, None if recipe is None else Path(recipe))
+    if request is not None:
+        with collecting():
+            method = choose_method(request)
+        with collecting():
+            require_text(request)
+        if request.output is not None:
+            with collecting():
+                require_output(request)
+        if request.data not in (None, "-") and request.data.startswith(("/", ".")) and not Path(request.data).exists():
+            problems.append(RequestError("no-data", f"data {request.data!r}", "there is no such file or folder"))
+    with collecting():
+        checkpoint = Checkpoint(Folder(Path(locate(str(model)))))
+        problems.extend(checkpoint.problems)
+    if request is not None and method is not None and checkpoint is not None and not checkpoint.problems:
+        with collecting():
+            found.update(_foresee(request, method, checkpoint))
+    found["problems"] = [problem.as_dict() for problem in problems]
+    return found
+
+
+def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> dict[str, Any]:
+    device = resolve_device(request.device)
+    costs = costs_of(checkpoint)
+    dense = checkpoint.architecture.sizes
+    if not request.targets and method.sparsity is None:
+        refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
+    largest = 8 if device.type == "cpu" else 64
+    budget = Budget(
+        checkpoint.architecture,
+        costs,
+        request.targets,
+        itemsize=costs.itemsize,
+        quantum=request.quantum,
+        largest_quantum=largest,
+        tolerance=request.tolerance,
+    )
+    after = dense if request.is_copy else method.sizes(budget)
+    length = request.length or min(LONGEST_WINDOW, context_of(checkpoint))
+    surcharge = costs.params(dense.untied()) - costs.params(dense) if dense.tied and not after.tied else 0
+    achieved = {
+        "params": costs.params(after),
+        "params_before": costs.params(dense),
+        "bytes": costs.bytes(after),
+        "bytes_before": costs.bytes(dense),
+        "flops_per_token": costs.flops(after),
+        "flops_per_token_before": costs.flops(dense),
+        "kv_bytes_per_token": costs.kv_bytes(after),
+        "kv_bytes_per_token_before": costs.kv_bytes(dense),
+    }
+    sizes = {
+        kind: {"before": dense.uniform(kind), "after": after.uniform(kind)}
+        for kind in ("residual", "ffn", "kv", "blocks")
+    }
+    return {
+        "method": method.name,
+        "needs_data": method.data != "none",
+        "output_kind": f"{method.output}: {WORTH[method.output]}",
+        "sizes": sizes,
+        "achieved": achieved,
+        "untied": surcharge,
+        "gap": budget.gap,
+        "peak_bytes": _peak_estimate(checkpoint, method, request.samples * length),
+        "layout": request.layout,
+        "loads_in": {"transformers": "verified at the save", **checkpoint.architecture.family.loads_in},
+    }
+
+
+_INTERPRETER = 450 * 2**20  # anonymous memory of Python with torch and transformers
+
+
+def _peak_estimate(checkpoint: Checkpoint, method: Method, tokens: int) -> int:
+    """Interpreter, stem and two blocks in float32; Grams and one batch of activations for methods with data."""
+    architecture = checkpoint.architecture
+    elements = {
+        place: sum(checkpoint.folder.headers[p.name].elements for p in checkpoint.packed[place])
+        for place in architecture.places
+    }
+    blocks = max((elements[place] for place in architecture.places if place is not None), default=0)
+    width = architecture.sizes.residual
+    total = _INTERPRETER + 4 * (elements[None] + 2 * blocks)
+    if method.data != "none":
+        total += (
+            8 * 4 * width**2
+            + 4 * min(tokens * width, 2**25)
+            + 4 * 4096 * 4 * max(b.ffn for b in architecture.sizes.blocks)
+        )
+    return total

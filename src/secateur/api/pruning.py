@@ -1,0 +1,244 @@
+"""``prune``: from a request to a published folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from secateur.checkpoints import Checkpoint
+from secateur.engine.journal import locked, work_folder
+from secateur.engine.prepare import (
+    Prepared,
+    prepare,
+)
+from secateur.engine.progress import Progress, Silent
+from secateur.engine.request import PruneRequest, make_request
+from secateur.engine.run import Run, requested
+from secateur.errors import RequestError, refuse
+from secateur.families.stock import quiet_transformers
+from secateur.meters.counts import count
+from secateur.meters.evaluate import Figures, evaluate_models
+from secateur.meters.memory import MemoryWatch, cgroup_peak
+from secateur.meters.perplexity import Text, fits, perplexity
+from secateur.methods.base import WORTH
+from secateur.reports.prune import write_card, write_report
+
+Model = str | Path | nn.Module
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
+
+    ``model`` is the pruned module when a module was passed in.
+    """
+
+    method: str
+    requested: dict[str, Any]
+    achieved: dict[str, int]
+    perplexity: dict[str, Any] | None
+    seconds: float
+    peak_rss_bytes: int
+    output: str | None
+    layout: str
+    loads_in: dict[str, str]
+    seed: int
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "model"}
+
+
+def prune(
+    model: Model,
+    *,
+    method: str | None = None,
+    ratio: float | None = None,
+    target: Sequence[str] = (),
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    inplace: bool = False,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> PruneResult:
+    """Prune a model and write a checkpoint that plain transformers loads.
+
+    Args:
+        model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``).
+        method: name of a method; the default depends on whether there is ``data``.
+        ratio: share of all parameters to remove.
+        target: what shall remain, e.g. ``"bytes=2GiB"``, ``"flops=80%"``.
+        data: calibration text: file, folder, hub data set, token ids.
+        output: folder to write; may be omitted for a module.
+        tokenizer: of a module, needed when ``data`` or ``text`` is text.
+        inplace: change the module passed in.
+        recipe: YAML file with the same options.
+        progress: told what happens.
+        more: the other options of the command line (``samples``, ``length``, ``options``, ``text``, ``seed``, ...).
+
+    Raises:
+        SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
+    """
+    values = {
+        "method": method,
+        "ratio": ratio,
+        "target": tuple(target),
+        "data": None if data is None else str(data),
+        "output": None if output is None else str(output),
+        **more,
+    }
+    file = None if recipe is None else Path(recipe)
+    if not isinstance(model, nn.Module):
+        return _prune_folder(make_request({**values, "model": str(model)}, file), progress or Silent())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        with quiet_transformers():
+            model.save_pretrained(folder)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if output is None:
+            values["output"] = str(Path(temporary) / "pruned")
+        result = _prune_folder(make_request({**values, "model": str(folder)}, file), progress or Silent())
+        with quiet_transformers():
+            pruned = type(model).from_pretrained(result.output, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+        pruned.train(model.training)
+        if inplace:
+            model.__dict__.update(pruned.__dict__)
+            pruned = model
+        shown = result.output if output is not None else None
+        return PruneResult(**{**result.as_dict(), "output": shown, "model": pruned})
+
+
+def _prune_folder(request: PruneRequest, progress: Progress) -> PruneResult:
+    started = time.perf_counter()
+    output = require_output(request)
+    require_text(request)
+    with MemoryWatch() as memory:
+        prepared = prepare(request)
+        if output.resolve() == prepared.checkpoint.folder.path.resolve():
+            refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _cleared_on_refusal(work_folder(output)), locked(work_folder(output)):
+            parts = (
+                _copy(prepared, output, progress)
+                if request.is_copy
+                else _cut(prepared, output, progress, started, memory)
+            )
+    achieved, figures, loads_in = parts
+    return PruneResult(
+        method=prepared.method.name,
+        requested=requested(prepared),
+        achieved=achieved,
+        perplexity=figures,
+        seconds=round(time.perf_counter() - started, 3),
+        peak_rss_bytes=memory.peak,
+        output=str(output),
+        layout=request.layout,
+        loads_in=loads_in,
+        seed=request.seed,
+    )
+
+
+Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str]]
+
+
+def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, memory: MemoryWatch) -> Parts:
+    """Plan, write, verify, measure, report, publish."""
+    request = prepared.request
+    run = Run(prepared, output, progress)
+    plan = run.plan()
+    text = None if request.text is None else Text.read(request.text, prepared.checkpoint, request.context)
+    record = run.write(plan)
+    result = Checkpoint.open(run.result)
+    achieved = _achieved(prepared.checkpoint, result)
+    figures = None if text is None else _perplexities(prepared, result, text, progress)
+    speed = _speeds(prepared, result) if text is not None else None
+    write_card(run.result, record, achieved)
+    peak = cgroup_peak()
+    facts = {
+        "seconds": f"{time.perf_counter() - started:.1f}",
+        "peak anonymous memory": f"{memory.peak / 2**20:,.0f} MiB",
+        "peak of the control group": "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        "device": str(prepared.device),
+        "compute type": str(prepared.dtype).removeprefix("torch."),
+        "gap to the target": f"{prepared.budget.gap:+.3%} of what was there",
+        "output": prepared.method.output + ": " + WORTH[prepared.method.output],
+    }
+    write_report(run.result, record, achieved, figures, speed, facts)
+    run.publish()
+    return achieved, figures, record["loads_in"]
+
+
+def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
+    """Ratio 0: the folder, byte for byte."""
+    import transformers
+
+    request, checkpoint = prepared.request, prepared.checkpoint
+    text = None if request.text is None else Text.read(request.text, checkpoint, request.context)
+    copy = work_folder(output) / "out"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(checkpoint.folder.path, copy)
+    figures = None
+    if text is not None:
+        value = perplexity(checkpoint, text, prepared.dtype, prepared.device)
+        figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
+    Run.replace(copy, output, progress)
+    return _achieved(checkpoint, checkpoint), figures, {"transformers": f"verified({transformers.__version__})"}
+
+
+def require_output(request: PruneRequest) -> Path:
+    if request.output is None:
+        refuse("no-output", "a prune", "no output folder is named", "-o small/")
+    output = Path(request.output)
+    if output.exists() and not request.force:
+        hint = "choose another folder, or --force to move the old one aside"
+        refuse("output-exists", f"output {request.output!r}", "it exists already", hint)
+    return output
+
+
+def require_text(request: PruneRequest) -> None:
+    if request.text is not None and not Path(request.text).is_file():
+        refuse("no-text", f"text {request.text!r}", "there is no such file")
+
+
+@contextmanager
+def _cleared_on_refusal(folder: Path) -> Iterator[None]:
+    """A refused request leaves no work folder behind, unless it holds somebody else's work."""
+    existed = folder.exists()
+    try:
+        yield
+    except RequestError:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _achieved(before: Checkpoint, after: Checkpoint) -> dict[str, int]:
+    new, old = count(after), count(before)
+    return {**new, **{f"{key}_before": value for key, value in old.items()}}
+
+
+def _perplexities(prepared: Prepared, result: Checkpoint, text: Text, progress: Progress) -> dict[str, Any]:
+    progress.start("measure", 2)
+    before = perplexity(prepared.checkpoint, text, prepared.dtype, prepared.device)
+    progress.step(1)
+    after = perplexity(result, text, prepared.dtype, prepared.device)
+    progress.step(2)
+    return {"before": before, "after": after, "context": text.context, "tokens": text.tokens}
+
+
+def _speeds(prepared: Prepared, result: Checkpoint) -> tuple[Figures, Figures] | None:
+    if not fits(prepared.checkpoint, prepared.dtype):
+        return None
+    dense, pruned = evaluate_models([prepared.checkpoint, result], None, None, prepared.request.dtype, prepared.device)
+    return dense, pruned
