@@ -154,10 +154,9 @@ Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str]]
 
 def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, memory: MemoryWatch) -> Parts:
     """Plan, write, verify, measure, report, publish."""
-    request = prepared.request
     run = Run(prepared, output, progress)
     plan = run.plan()
-    text = None if request.text is None else Text.read(request.text, prepared.checkpoint, request.context)
+    text = _text(prepared)
     record = run.write(plan)
     result = Checkpoint.open(run.result)
     achieved = _achieved(prepared.checkpoint, result)
@@ -171,7 +170,6 @@ def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, m
         "peak of the control group": "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
         "device": str(prepared.device),
         "compute type": str(prepared.dtype).removeprefix("torch."),
-        "gap to the target": f"{prepared.budget.gap:+.3%} of what was there",
         "output": prepared.method.output + ": " + WORTH[prepared.method.output],
     }
     write_report(run.result, record, achieved, figures, speed, facts)
@@ -183,8 +181,7 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
     """Ratio 0: the folder, byte for byte."""
     import transformers
 
-    request, checkpoint = prepared.request, prepared.checkpoint
-    text = None if request.text is None else Text.read(request.text, checkpoint, request.context)
+    checkpoint, text = prepared.checkpoint, _text(prepared)
     copy = work_folder(output) / "out"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkpoint.folder.path, copy)
@@ -194,6 +191,14 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
         figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
     Run.replace(copy, output, progress)
     return _achieved(checkpoint, checkpoint), figures, {"transformers": f"verified({transformers.__version__})"}
+
+
+def _text(prepared: Prepared) -> Text | None:
+    """The held-out text; opened only after the plan is final."""
+    request = prepared.request
+    if request.text is None:
+        return None
+    return Text.read(request.text, prepared.checkpoint, request.context, request.trust_remote_code)
 
 
 def require_output(request: PruneRequest) -> Path:

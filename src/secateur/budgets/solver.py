@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -102,23 +103,26 @@ class Budget:
         cost = self._cost(target)
         present = cost(self.sizes)
         wanted = target.of(present)
-        costs = [cost(sizes) for sizes in candidates]
-        best = min(range(len(candidates)), key=lambda i: (abs(costs[i] - wanted), costs[i]))
-        self.gap = (costs[best] - wanted) / present
-        step = max((abs(costs[i] - costs[best]) for i in (best - 1, best + 1) if 0 <= i < len(costs)), default=0.0)
-        size = candidates[best].uniform(kind)
-        nearest = f"the nearest is {costs[best]:,.0f} ({costs[best] / present:.1%}) at {kind} {size}"
-        if wanted < costs[0] - step / 2 or wanted > costs[-1] + step / 2:
-            reach = (
-                f"cutting {kind} reaches from {costs[0] / present:.1%} to {costs[-1] / present:.1%} of {target.measure}"
-            )
-            refuse("out-of-reach", f"{target.measure} {wanted:,.0f} ({wanted / present:.1%})", f"{reach}; {nearest}")
+        # costs grow with the size, so a bisection finds the two neighbours; a latency is measured a few times only
+        above = bisect.bisect_left(candidates, wanted, key=cost)
+        neighbours = candidates[max(above - 1, 0) : above + 1]
+        best = min(neighbours, key=lambda sizes: (abs(cost(sizes) - wanted), cost(sizes)))
+        reached, index = cost(best), candidates.index(best)
+        self.gap = (reached - wanted) / present
+        beside = [cost(candidates[i]) for i in (index - 1, index + 1) if 0 <= i < len(candidates)]
+        step = max((abs(other - reached) for other in beside), default=0.0)
+        nearest = f"the nearest is {reached:,.6g} ({reached / present:.1%}) at {kind} {best.uniform(kind)}"
+        lowest, highest = cost(candidates[0]), cost(candidates[-1])
+        if wanted < lowest - step / 2 or wanted > highest + step / 2:
+            reach = f"cutting {kind} reaches from {lowest / present:.1%} to {highest / present:.1%} of {target.measure}"
+            asked = f"{target.measure} {wanted:,.6g} ({wanted / present:.1%} of what is there)"
+            refuse("out-of-reach", asked, f"{reach}; {nearest}")
         if self.tolerance is not None and abs(self.gap) > self.tolerance:
             found = f"{nearest}, a gap of {abs(self.gap):.2%}, above the tolerance of {self.tolerance:.2%}"
             raise RequestError(
-                "out-of-tolerance", f"{target.measure} {wanted:,.0f}", found, "raise --tolerance or lower --quantum"
+                "out-of-tolerance", f"{target.measure} {wanted:,.6g}", found, "raise --tolerance or lower --quantum"
             )
-        return candidates[best]
+        return best
 
     def at(self, kind: str, size: int, base: Sizes | None = None) -> Sizes:
         """Sizes with a given ``kind``, for the paper's own knob; refused where the stock class does not admit it."""

@@ -34,8 +34,11 @@ class Windows:
         return {"windows": self.ids.shape[0], "length": self.ids.shape[1], "sha256": self.digest}
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint folder.
+
+    Args:
+        trust_remote_code: let a tokenizer class that lies in the folder run.
 
     Raises:
         RequestError: the folder has none.
@@ -46,7 +49,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing files surface as many kinds
         message = " ".join(str(error).split())[:200]
         refuse(
@@ -76,7 +79,14 @@ def _bytes_of(document: Document) -> bytes:
 
 
 def calibration_windows(
-    source: str, folder: Path, vocab: int, samples: int, length: int, seed: int, field: str = "text"
+    source: str,
+    folder: Path,
+    vocab: int,
+    samples: int,
+    length: int,
+    seed: int,
+    field: str = "text",
+    trust_remote_code: bool = False,
 ) -> Windows:
     """Draw windows from a source.
 
@@ -95,7 +105,7 @@ def calibration_windows(
     digest, pieces, total = hashlib.sha256(), [], 0
     for document in documents(source, field):
         if tokenizer is None and not isinstance(document, np.ndarray):
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder, trust_remote_code)
         digest.update(_bytes_of(document))
         ids = encode(tokenizer, document)
         pieces.append(ids)

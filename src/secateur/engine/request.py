@@ -91,4 +91,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         refuse("bad-recipe", f"recipe {str(path)!r}", f"not valid YAML ({' '.join(str(error).split())})")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         refuse("bad-recipe", f"recipe {str(path)!r}", "no mapping of option names at its top level")
-    return {key.replace("-", "_"): value for key, value in content.items()}
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    if "set" in values:  # as the command line calls it
+        values["options"] = values.pop("set")
+    return values

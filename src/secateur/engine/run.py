@@ -23,7 +23,7 @@ from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
 from secateur.families import Architecture, Block
 from secateur.methods.base import Study
-from secateur.plans import Plan
+from secateur.plans import Artifact, Plan
 from secateur.spaces import BlockView
 from secateur.version import __version__
 
@@ -45,6 +45,7 @@ class Run:
         self.work = work_folder(output)
         self.result = self.work / "out"
         self.windows = self._draw_windows()
+        self.artifacts = {name: Artifact.load(Path(path)) for name, path in prepared.method.files().items()}
         self.work.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.work, self._fingerprint())
         if self.journal.resumed:
@@ -75,6 +76,7 @@ class Run:
             self.prepared.length,
             request.seed,
             request.text_field,
+            request.trust_remote_code,
         )
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class Run:
             "model": _model_digest(self.checkpoint),
             "method": self.prepared.method.name,
             "options": self.prepared.method.model_dump(mode="json"),
+            "artifacts": {name: artifact.digest() for name, artifact in self.artifacts.items()},
             "targets": [str(target) for target in request.targets],
             "data": None if self.windows is None else self.windows.record(),
             "layout": request.layout,
@@ -129,7 +132,7 @@ class Run:
             self.progress.step(done)
 
         generator = torch.Generator().manual_seed(self.prepared.request.seed)
-        return Study(self.prepared.budget, generator, view, sweep.summaries(), progress)
+        return Study(self.prepared.budget, generator, view, sweep.summaries(), self.artifacts, progress)
 
     # -- write -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +152,8 @@ class Run:
         writer = TensorWriter(self.result, layout.headers)
         digests = cut_sweep(self.checkpoint, plan, layout, writer, self.journal, self.progress, self.prepared.device)
         left_behind = self._copy_companions(target)
+        for name, artifact in plan.artifacts.items():
+            artifact.save(self.result, name)
         if not self.journal.done("verified"):
             self.progress.start("verify", 1)
             version = verify_output(self.checkpoint, plan, self.result, writer, digests)

@@ -46,14 +46,16 @@ class Text:
         return int(self.windows.shape[0] * (self.context - 1))
 
     @classmethod
-    def read(cls, path: str, checkpoint: Checkpoint, context: int | None = None) -> Text:
+    def read(
+        cls, path: str, checkpoint: Checkpoint, context: int | None = None, trust_remote_code: bool = False
+    ) -> Text:
         """Encode a text file for a model.
 
         Raises:
             RequestError: unreadable text, or one shorter than a window.
         """
         text = read_text(Path(path))
-        ids = torch.from_numpy(encode(load_tokenizer(checkpoint.folder.path), text))
+        ids = torch.from_numpy(encode(load_tokenizer(checkpoint.folder.path, trust_remote_code), text))
         length = min(context_of(checkpoint), context or LONGEST_WINDOW, LONGEST_WINDOW)
         count = len(ids) // length
         if not count:

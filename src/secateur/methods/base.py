@@ -17,7 +17,7 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.errors import refuse
 from secateur.families import Block, Sizes
-from secateur.plans import Plan
+from secateur.plans import Artifact, Plan
 from secateur.spaces import BlockView, Kind, Space, spaces_of
 
 Output = Literal["dense", "dense-per-layer", "zeros", "factors", "runtime", "index"]
@@ -42,6 +42,7 @@ class Study:
         generator: the only source of randomness.
         view: loads the tensors of a place, of some roles only.
         summaries: what ``score`` returned, by name, in the order of the places; loaded on access.
+        artifacts: what the method's ``files`` named, loaded.
         progress: report (done, of, what) of a long decision.
     """
 
@@ -49,6 +50,7 @@ class Study:
     generator: torch.Generator
     view: Callable[[Block, tuple[str, ...] | None], BlockView]
     summaries: Mapping[str, Iterable[Tensor]] = field(default_factory=dict)
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     progress: Callable[[int, int, str], None] = lambda *_: None
 
     def spaces(self, kind: Kind) -> list[Space]:
@@ -89,6 +91,10 @@ class Method(BaseModel):
     def cuts(self) -> Kind:
         """Kind of the units that go."""
         return "ffn"
+
+    def files(self) -> dict[str, str]:
+        """Artifacts of earlier runs that the options name: paths by name, loaded by the engine."""
+        return {}
 
     def sizes(self, budget: Budget) -> Sizes:
         """Sizes that would remain."""

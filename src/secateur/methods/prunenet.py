@@ -1,5 +1,80 @@
-from secateur.methods.selection import Selection
+"""PruneNet: a policy learned from the weights alone keeps FFN neurons (Sengupta et al., ICLR 2025, arXiv:2501.15296).
+
+A scorer reads the rows of each block's first FFN matrix and is rewarded when the singular values of the rows it keeps
+are distributed like those of the whole matrix. It is trained once and serves every ratio.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pydantic import Field
+from torch import Tensor
+
+from secateur.errors import refuse
+from secateur.methods.base import Method, Study
+from secateur.plans import Artifact, Plan
+from secateur.scores.learning import train
+from secateur.scores.policy import Policy, PolicyOptions
+from secateur.spaces import Space
+
+POLICY = "prunenet-policy"
+_STATE = ("gate", "up")  # the first FFN matrix: gate_proj where the FFN is gated, else fc1
 
 
-class PruneNet(Selection):
+class PruneNet(Method, PolicyOptions):
+    """Learn which rows matter, keep the same number in every block."""
+
     name = "prunenet"
+    title = "You Only Prune Once: Calibration-Free Model Compression With Policy Learning"
+    paper = "arXiv:2501.15296"
+
+    policy: str | None = Field(
+        None, description=f"{POLICY}.safetensors of an earlier run: reuse it instead of training"
+    )
+
+    def files(self) -> dict[str, str]:
+        return {} if self.policy is None else {POLICY: self.policy}
+
+    def decide(self, study: Study) -> Plan:
+        """Train the policy on all matrices (or take a trained one), then keep the rows it selects."""
+        after, spaces = self.sizes(study.budget), study.spaces("ffn")
+        count = after.uniform("ffn")
+        assert count is not None
+        loaders = [partial(_matrix, study, space) for space in spaces]
+        notes: dict[str, float] = {}
+
+        def told(episode: int, episodes: int, reward: float, distance: float) -> None:
+            notes.update(mean_reward=round(reward, 6), mean_ks=round(distance, 6))
+            study.progress(episode + 1, episodes, "learn")
+
+        if POLICY in study.artifacts:
+            policy = self._trained(study.artifacts[POLICY])
+        else:
+            policy = train(loaders, count / spaces[0].size, self, study.generator, told)
+        kept = {s.name: policy.select(load(), count, study.generator) for s, load in zip(spaces, loaders, strict=True)}
+        return Plan(
+            study.budget.sizes,
+            after,
+            kept,
+            notes=notes,
+            artifacts={POLICY: Artifact(policy.tensors, policy.settings)},
+        )
+
+    def _trained(self, artifact: Artifact) -> Policy:
+        """A policy of an earlier run, with this run's way of selecting."""
+        try:
+            options = PolicyOptions.model_validate({**artifact.settings, "select": self.select})
+        except ValueError as error:
+            refuse("bad-artifact", f"policy {self.policy!r}", f"its settings are not a policy's ({error})")
+        return Policy(options, artifact.tensors)
+
+
+def _matrix(study: Study, space: Space) -> Tensor:
+    """First FFN matrix of a space, [neurons, width]."""
+    view = study.view(space.place, _STATE)
+    found = view.matrix("gate", space.expert)
+    if found is None:
+        found = view.matrix("up", space.expert)
+    assert found is not None
+    return found

@@ -1,5 +1,5 @@
 """The immutable, serialisable decision: what is kept, in which basis, and the sizes that follow."""
 
-from secateur.plans.plan import Plan
+from secateur.plans.plan import Artifact, Plan
 
-__all__ = ["Plan"]
+__all__ = ["Artifact", "Plan"]

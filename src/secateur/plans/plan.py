@@ -11,11 +11,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InternalError
+from secateur.errors import InternalError, refuse
 from secateur.families import BlockSizes, Sizes
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Tensors and JSON-able settings that a method learned; on disk ``NAME.safetensors`` and ``NAME.json``."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write both files."""
+        save_file({key: tensor.contiguous() for key, tensor in self.tensors.items()}, folder / f"{name}.safetensors")
+        text = json.dumps(dict(self.settings), indent=2, sort_keys=True) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+    def digest(self) -> str:
+        """SHA-256 over settings and tensors."""
+        sha = hashlib.sha256(json.dumps(dict(self.settings), sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            sha.update(name.encode() + self.tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Read both files, given the path of either, or of the folder's name without suffix.
+
+        Raises:
+            RequestError: missing or damaged files.
+        """
+        weights, settings = path.with_suffix(".safetensors"), path.with_suffix(".json")
+        for file in (weights, settings):
+            if not file.is_file():
+                refuse("no-artifact", f"file {str(path)!r}", f"there is no {file.name}", "name PREFIX.safetensors")
+        try:
+            content = json.loads(settings.read_text(encoding="utf-8"))
+            tensors = load_file(weights)
+        except (ValueError, SafetensorError) as error:
+            refuse("bad-artifact", f"file {str(path)!r}", f"damaged ({error})")
+        if not isinstance(content, dict):
+            refuse("bad-artifact", f"file {str(settings)!r}", "no JSON object")
+        return cls(tensors, content)
 
 
 @dataclass(frozen=True)
@@ -29,6 +71,7 @@ class Plan:
         basis: orthonormal directions of the residual stream that survive, [width, kept] float64; None where the stream
             is cut by selection (``kept["residual"]``) or not at all.
         notes: what the method wants the report to say, JSON-able.
+        artifacts: what the method learned and a later run can reuse, by name; saved into the output folder.
     """
 
     before: Sizes
@@ -36,6 +79,7 @@ class Plan:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     basis: Tensor | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: Mapping[str, Artifact] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, indices in self.kept.items():
@@ -59,7 +103,10 @@ class Plan:
             "before": dataclasses.asdict(self.before),
             "after": dataclasses.asdict(self.after),
             "notes": dict(self.notes),
+            "artifacts": sorted(self.artifacts),
         }
+        for name, artifact in self.artifacts.items():
+            artifact.save(folder, name)
         (folder / "plan.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return self.digest(folder)
 
@@ -83,6 +130,7 @@ class Plan:
             kept=kept,
             basis=tensors.get("basis"),
             notes=record["notes"],
+            artifacts={name: Artifact.load(folder / f"{name}.safetensors") for name in record["artifacts"]},
         )
 
 
