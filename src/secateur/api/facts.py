@@ -101,18 +101,14 @@ def families() -> dict[str, Any]:
     found = {}
     for name in family_names():
         architecture = Architecture(example_config(name))
-        native = {}
-        for kind in KINDS:
-            reasons = architecture.refusals(kind)
-            native[kind] = f"refused: {'; '.join(reasons)}" if reasons else _exactness(architecture, kind)
+        native = {kind: _native(architecture, kind) for kind in KINDS}
         found[name] = {"native": native, "loads_in": dict(architecture.family.loads_in)}
     return found
 
 
-def _exactness(architecture: Architecture, kind: Kind) -> str:
-    rules = [rule.why for rule in architecture.family.constraints if rule.size == kind]
-    exact = "exact with 1 extra dimension" if kind == "residual" and architecture.family.norm == "layer" else "exact"
-    return f"{exact} ({'; '.join(rules)})" if rules else exact
+def _native(architecture: Architecture, kind: Kind) -> str:
+    state, why = architecture.native(kind)
+    return f"{state} ({why})" if why else state
 
 
 def inspect(model: str | Path) -> dict[str, Any]:
@@ -126,13 +122,12 @@ def inspect(model: str | Path) -> dict[str, Any]:
         every = [space for place in places for space in spaces_of(sizes, kind, place)]
         present = sizes.uniform(kind) or 0
         unit = costs.params(sizes) - costs.params(sizes.resized(kind, present - 1))
-        reasons = architecture.refusals(kind)
         spaces[kind] = {
             "units": present,
             "count": len(every),
             "params_per_unit": unit // len(every),
             "share": unit * present / costs.params(sizes) if kind != "residual" else 1.0,
-            "native": "refused: " + "; ".join(reasons) if reasons else _exactness(architecture, kind),
+            "native": _native(architecture, kind),
         }
     return {
         "model_type": architecture.family.model_type,

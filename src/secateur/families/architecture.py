@@ -198,6 +198,16 @@ class Architecture:
             reasons.append(f"the family file does not describe {', '.join(sorted(self.unmapped))}")
         return reasons
 
+    def native(self, kind: str) -> tuple[str, str]:
+        """What the native layout makes of a cut of ``kind``: exact, exact with an extra dimension, or refused; and why."""
+        reasons = self.refusals(kind)
+        if reasons:
+            return "refused", "; ".join(reasons)
+        concerns = {"kv": "heads"}.get(kind, kind)
+        limits = [rule.why for rule in self.family.constraints if concerns in (rule.size, rule.multiple_of)]
+        spare = kind == "residual" and self.family.norm == "layer"
+        return "exact with 1 extra dimension" if spare else "exact", "; ".join(limits)
+
     def resized(self, sizes: Sizes, kept_blocks: Iterable[int] | None = None) -> Architecture:
         """The architecture at other sizes, through a rewritten stock configuration.
 

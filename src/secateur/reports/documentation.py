@@ -1,0 +1,86 @@
+"""Tables of the documentation that are generated from the code: ``python -m secateur.reports.documentation``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from secateur.families import Architecture, family_names
+from secateur.families.stock import example_config
+from secateur.methods.base import WORTH
+from secateur.methods.registry import method_class, method_names
+from secateur.reports.markdown import table
+from secateur.spaces import KINDS
+
+
+def methods_table() -> str:
+    """All methods, one line each, linked to their pages."""
+    rows = []
+    for name in method_names():
+        kind = method_class(name)
+        paper = f"[{kind.paper}](https://arxiv.org/abs/{kind.paper.removeprefix('arXiv:')})" if kind.paper else "-"
+        rows.append([f"[`{name}`](docs/methods/{name}.md)", kind.title, paper, kind.data, kind.output])
+    return table(["method", "title", "paper", "data", "output"], rows)
+
+
+def options_table(name: str) -> str:
+    """Options of a method with their defaults."""
+    kind = method_class(name)
+    rows = []
+    for key, entry in kind.model_json_schema()["properties"].items():
+        options = [entry, *entry.get("anyOf", ())]
+        choices = next((part["enum"] for part in options if "enum" in part), None)
+        types = ", ".join(part["type"] for part in options if "type" in part and part["type"] != "null")
+        values = " \\| ".join(map(str, choices)) if choices else types
+        rows.append([f"`{key}`", values, kind.model_fields[key].default, entry.get("description", "")])
+    worth = f"Output: {kind.output}, {WORTH[kind.output]}."
+    return table(["`--set`", "values", "default", "what"], rows) + f"\n\n{worth}"
+
+
+def families_table() -> str:
+    """What can be cut where: family x space x layout."""
+    rows = []
+    for name in family_names():
+        architecture = Architecture(example_config(name))
+        for kind in KINDS:
+            rows.append([name, kind, "native", *architecture.native(kind)])
+    return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
+
+
+def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
+    """Generated sections by file and marker."""
+    found: dict[Path, dict[str, Callable[[], str]]] = {
+        root / "README.md": {"methods": methods_table},
+        root / "docs" / "families.md": {"families": families_table},
+    }
+    for name in method_names():
+        page = root / "docs" / "methods" / f"{name}.md"
+        if page.is_file():
+            found[page] = {"options": lambda name=name: options_table(name)}  # type: ignore[misc]
+    return found
+
+
+def regenerate(text: str, makers: dict[str, Callable[[], str]]) -> str:
+    """``text`` with the content between its ``<!-- NAME -->`` and ``<!-- /NAME -->`` markers made anew."""
+    for name, make in makers.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        content = make()
+        text, count = pattern.subn(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)  # type: ignore[misc]
+        if not count:
+            raise ValueError(f"no marker for section {name!r}")
+    return text
+
+
+def main() -> None:
+    """Rewrite every generated section of the checkout in the working directory."""
+    for path, makers in sections(Path.cwd()).items():
+        old = path.read_text(encoding="utf-8")
+        new = regenerate(old, makers)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"rewrote {path}")
+
+
+if __name__ == "__main__":
+    main()
