@@ -111,16 +111,16 @@ class Budget:
         self.gap = (reached - wanted) / present
         beside = [cost(candidates[i]) for i in (index - 1, index + 1) if 0 <= i < len(candidates)]
         step = max((abs(other - reached) for other in beside), default=0.0)
-        nearest = f"the nearest is {reached:,.6g} ({reached / present:.1%}) at {kind} {best.uniform(kind)}"
+        nearest = f"the nearest is {_number(reached)} ({reached / present:.1%}) at {kind} {best.uniform(kind)}"
         lowest, highest = cost(candidates[0]), cost(candidates[-1])
         if wanted < lowest - step / 2 or wanted > highest + step / 2:
             reach = f"cutting {kind} reaches from {lowest / present:.1%} to {highest / present:.1%} of {target.measure}"
-            asked = f"{target.measure} {wanted:,.6g} ({wanted / present:.1%} of what is there)"
+            asked = f"{target.measure} {_number(wanted)} ({wanted / present:.1%} of what is there)"
             refuse("out-of-reach", asked, f"{reach}; {nearest}")
         if self.tolerance is not None and abs(self.gap) > self.tolerance:
             found = f"{nearest}, a gap of {abs(self.gap):.2%}, above the tolerance of {self.tolerance:.2%}"
             raise RequestError(
-                "out-of-tolerance", f"{target.measure} {wanted:,.6g}", found, "raise --tolerance or lower --quantum"
+                "out-of-tolerance", f"{target.measure} {_number(wanted)}", found, "raise --tolerance or lower --quantum"
             )
         return best
 
@@ -131,3 +131,8 @@ class Budget:
         if reasons:
             refuse("out-of-reach", f"{kind} {size}", "; ".join(reasons))
         return sizes
+
+
+def _number(value: float) -> str:
+    """A count with thousands separated, or a small measure with its leading digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

@@ -199,7 +199,7 @@ class Architecture:
         return reasons
 
     def native(self, kind: str) -> tuple[str, str]:
-        """What the native layout makes of a cut of ``kind``: exact, exact with an extra dimension, or refused; and why."""
+        """What the native layout makes of a cut of ``kind`` (exact, exact with 1 extra dimension, refused), and why."""
         reasons = self.refusals(kind)
         if reasons:
             return "refused", "; ".join(reasons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -77,7 +78,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def skeleton_model(config: Any, dtype: torch.dtype) -> Any:
     """The stock model with its matrices on meta and its computed buffers (rotary tables) real."""
-    return _build(config, _EmptyOnMeta, dtype)
+    quiet = copy.deepcopy(config)
+    for extra in ("output_router_logits", "output_hidden_states", "output_attentions"):
+        if getattr(quiet, extra, False):  # outputs of the whole model, which blocks run one by one do not feed
+            setattr(quiet, extra, False)
+    return _build(quiet, _EmptyOnMeta, dtype)
 
 
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:

@@ -43,8 +43,7 @@ def families_table() -> str:
     rows = []
     for name in family_names():
         architecture = Architecture(example_config(name))
-        for kind in KINDS:
-            rows.append([name, kind, "native", *architecture.native(kind)])
+        rows += [[name, kind, "native", *architecture.native(kind)] for kind in KINDS]
     return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
 
 
