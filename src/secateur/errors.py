@@ -21,7 +21,8 @@ class SecateurError(Exception):
 
     def __init__(self, code: str, asked: str, found: str, hint: str = "") -> None:
         self.code, self.asked, self.found, self.hint = code, asked, found, hint
-        super().__init__(f"{asked}: {found}." + (f" {hint}." if hint else ""))
+        advice = f"; {hint}" if hint else ""
+        super().__init__(f"{asked}: {found}{advice}")
 
     def as_dict(self) -> dict[str, str]:
         return {"code": self.code, "asked": self.asked, "found": self.found, "hint": self.hint}

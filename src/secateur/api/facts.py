@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from secateur.families import Architecture, family_names
 from secateur.families.stock import example_config
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
-from secateur.methods.base import WORTH, Method
-from secateur.methods.registry import method_class, method_names
+from secateur.methods.registry import describe_method, method_names
 from secateur.spaces import KINDS, Kind, spaces_of
 
 
@@ -63,37 +62,7 @@ def evaluate(
 
 def methods(name: str | None = None) -> dict[str, Any]:
     """Facts of all methods by name, or of one with its options (type, default, description)."""
-    return {key: describe(method_class(key)) for key in ([name] if name else method_names())}
-
-
-def describe(kind: type[Method]) -> dict[str, Any]:
-    """Facts of a method class."""
-    schema = kind.model_json_schema()["properties"]
-    options = {
-        key: {
-            "type": str(kind.model_fields[key].annotation)
-            .removeprefix("typing.")
-            .replace("<class '", "")
-            .replace("'>", ""),
-            "choices": _choices(entry),
-            "default": kind.model_fields[key].default,
-            "description": kind.model_fields[key].description or "",
-        }
-        for key, entry in schema.items()
-    }
-    return {
-        "title": kind.title,
-        "paper": kind.paper,
-        "data": kind.data,
-        "output": kind.output,
-        "worth": WORTH[kind.output],
-        "options": options,
-    }
-
-
-def _choices(entry: Mapping[str, Any]) -> list[Any] | None:
-    found = entry.get("enum") or next((part["enum"] for part in entry.get("anyOf", ()) if "enum" in part), None)
-    return None if found is None else list(found)
+    return {key: describe_method(key) for key in ([name] if name else method_names())}
 
 
 def families() -> dict[str, Any]:

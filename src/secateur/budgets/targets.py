@@ -57,7 +57,7 @@ def ratio_target(ratio: float | str) -> Target:
     except ValueError:
         refuse("bad-ratio", f"ratio {ratio!r}", "not a number", "give the share of parameters to remove, e.g. 0.3")
     if not (math.isfinite(value) and 0 <= value < 1):
-        hint = f"did you mean {value / 100:g}?" if 1 < value < 100 else "0.3 removes 30 % of all parameters"
+        hint = f"did you mean {value / 100:g}?" if 5 <= value < 100 else "0.3 removes 30 % of all parameters"
         refuse("bad-ratio", f"ratio {ratio}", "it must be at least 0 and below 1", hint)
     return Target("params", fraction=1 - value)
 

@@ -70,10 +70,11 @@ class ConsoleProgress:
         console.print(message, highlight=False, markup=False)
 
 
-def _table(*head: str) -> Table:
+def _table(*head: str, numbers: bool = True) -> Table:
+    """A table whose columns after the first hold numbers, or text."""
     table = Table(box=None, header_style="bold")
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for position, name in enumerate(head):
+        table.add_column(name, justify="right" if numbers and position else "left", overflow="fold")
     return table
 
 
@@ -147,14 +148,14 @@ def _number(value: float | None) -> str:
 
 
 def show_methods(result: dict[str, Any]) -> None:
-    table = _table("method", "title", "data", "output", "paper")
+    table = _table("method", "title", "data", "output", "paper", numbers=False)
     for name, facts in result.items():
         table.add_row(name, facts["title"], facts["data"], facts["output"], facts["paper"])
     _out.print(table)
     if len(result) == 1:
         ((_, facts),) = result.items()
         _out.print(f"output: {facts['worth']}", highlight=False)
-        options = _table("--set", "values", "default", "what")
+        options = _table("--set", "values", "default", "what", numbers=False)
         for key, option in facts["options"].items():
             values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
             options.add_row(key, values, str(option["default"]), option["description"])
@@ -162,7 +163,7 @@ def show_methods(result: dict[str, Any]) -> None:
 
 
 def show_families(result: dict[str, Any]) -> None:
-    table = _table("family", "space", "native layout")
+    table = _table("family", "space", "native layout", numbers=False)
     for name, facts in result.items():
         for kind, state in facts["native"].items():
             table.add_row(name, kind, state)
@@ -172,10 +173,10 @@ def show_families(result: dict[str, Any]) -> None:
 def show_inspect(result: dict[str, Any]) -> None:
     for key in ("model_type", "params", "bytes", "flops_per_token", "kv_bytes_per_token", "dtypes", "tied", "context"):
         value = result[key]
-        _out.print(
-            f"{key.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{key.replace('_', ' ')}: {value}"
-        )
-    table = _table("space", "units", "spaces", "params of a unit", "share of params", "native layout")
+        shown = f"{value:,}" if type(value) is int else str(value)
+        _out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
+    head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout")
+    table = _table(*head, numbers=False)
     for kind, facts in result["spaces"].items():
         cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
         table.add_row(kind, *cells, facts["native"])

@@ -65,3 +65,27 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
         key = ".".join(str(part) for part in first["loc"][:1]) or "options"
         asked = f"option {key}={options.get(key)!r} of {name}"
         raise RequestError("bad-option", asked, first["msg"], f"see: secateur methods {name}") from error
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """Facts of a method: title, paper, data, output, and its options with values, default and description."""
+    from secateur.methods.base import WORTH
+
+    kind = method_class(name)
+    options = {}
+    for key, entry in kind.model_json_schema()["properties"].items():
+        parts = [entry, *entry.get("anyOf", ())]
+        options[key] = {
+            "type": next((part["type"] for part in parts if part.get("type", "null") != "null"), "any"),
+            "choices": next((part["enum"] for part in parts if "enum" in part), None),
+            "default": kind.model_fields[key].default,
+            "description": entry.get("description", ""),
+        }
+    return {
+        "title": kind.title,
+        "paper": kind.paper,
+        "data": kind.data,
+        "output": kind.output,
+        "worth": WORTH[kind.output],
+        "options": options,
+    }

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from secateur.families import Architecture, family_names
 from secateur.families.stock import example_config
-from secateur.methods.base import WORTH
-from secateur.methods.registry import method_class, method_names
+from secateur.methods.registry import describe_method, method_names
 from secateur.reports.markdown import table
 from secateur.spaces import KINDS
 
@@ -18,23 +17,21 @@ def methods_table() -> str:
     """All methods, one line each, linked to their pages."""
     rows = []
     for name in method_names():
-        kind = method_class(name)
-        paper = f"[{kind.paper}](https://arxiv.org/abs/{kind.paper.removeprefix('arXiv:')})" if kind.paper else "-"
-        rows.append([f"[`{name}`](docs/methods/{name}.md)", kind.title, paper, kind.data, kind.output])
+        facts = describe_method(name)
+        paper = facts["paper"]
+        link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper else "-"
+        rows.append([f"[`{name}`](docs/methods/{name}.md)", facts["title"], link, facts["data"], facts["output"]])
     return table(["method", "title", "paper", "data", "output"], rows)
 
 
 def options_table(name: str) -> str:
     """Options of a method with their defaults."""
-    kind = method_class(name)
+    facts = describe_method(name)
     rows = []
-    for key, entry in kind.model_json_schema()["properties"].items():
-        options = [entry, *entry.get("anyOf", ())]
-        choices = next((part["enum"] for part in options if "enum" in part), None)
-        types = ", ".join(part["type"] for part in options if "type" in part and part["type"] != "null")
-        values = " \\| ".join(map(str, choices)) if choices else types
-        rows.append([f"`{key}`", values, kind.model_fields[key].default, entry.get("description", "")])
-    worth = f"Output: {kind.output}, {WORTH[kind.output]}."
+    for key, option in facts["options"].items():
+        values = " \\| ".join(map(str, option["choices"])) if option["choices"] else option["type"]
+        rows.append([f"`{key}`", values, option["default"], option["description"]])
+    worth = f"Output: {facts['output']}, {facts['worth']}."
     return table(["`--set`", "values", "default", "what"], rows) + f"\n\n{worth}"
 
 
