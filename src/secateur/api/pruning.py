@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from secateur.checkpoints import Checkpoint
+from secateur.checkpoints.companions import copy_folder
 from secateur.engine.journal import locked, work_folder
 from secateur.engine.prepare import (
     Prepared,
@@ -184,7 +185,8 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
     checkpoint, text = prepared.checkpoint, _text(prepared)
     copy = work_folder(output) / "out"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint.folder.path, copy)
+    own = {output.resolve(), work_folder(output).resolve()}
+    copy_folder(checkpoint.folder.path, copy, lambda path: path.resolve() not in own)
     figures = None
     if text is not None:
         value = perplexity(checkpoint, text, prepared.dtype, prepared.device)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -158,7 +159,7 @@ def show_methods(result: dict[str, Any]) -> None:
         options = _table("--set", "values", "default", "what", numbers=False)
         for key, option in facts["options"].items():
             values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
-            options.add_row(key, values, str(option["default"]), option["description"])
+            options.add_row(key, values, str(option["default"]), escape(option["description"]))
         _out.print(options)
 
 

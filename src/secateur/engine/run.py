@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
+from secateur.checkpoints.companions import copy_folder
 from secateur.checkpoints.folder import CONFIG, INDEX
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.blocks import BlockRunner
@@ -169,19 +170,16 @@ class Run:
         own = {self.output.resolve(), self.work.resolve()}
         left: list[str] = []
 
-        def skip(folder: str, names: list[str]) -> set[str]:
-            skipped = set()
-            for name in names:
-                path = Path(folder) / name
-                if path.resolve() in own or name in (INDEX, CONFIG) or name.startswith(".git"):
-                    skipped.add(name)
-                elif path.is_file() and path.suffix in _OTHER_WEIGHTS:
-                    skipped.add(name)
-                    if path.suffix != ".safetensors":
-                        left.append(str(path.relative_to(source)))
-            return skipped
+        def wanted(path: Path) -> bool:
+            if path.resolve() in own or path.name in (INDEX, CONFIG) or path.name.startswith(".git"):
+                return False
+            if path.is_dir() or path.suffix not in _OTHER_WEIGHTS:
+                return True
+            if path.suffix != ".safetensors":
+                left.append(str(path.relative_to(source)))
+            return False
 
-        shutil.copytree(source, self.result, ignore=skip, dirs_exist_ok=True, copy_function=_copy_writable)
+        copy_folder(source, self.result, wanted)
         card = self.result / "README.md"
         if card.is_file():
             card.replace(self.result / "README.source.md")
@@ -226,11 +224,6 @@ class Run:
             progress.note(f"the old {output.name} is now {aside.name}")
         result.rename(output)
         shutil.rmtree(work_folder(output))
-
-
-def _copy_writable(source: str, target: str) -> None:
-    """Copy content only: a read-only source must not make a read-only output."""
-    shutil.copyfile(source, target)
 
 
 def next_free(folder: Path) -> Path:

@@ -48,7 +48,7 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
         )
     dtype = _probe_type(written)
     engine, reader = (BlockRunner(written.architecture, dtype, torch.device("cpu")) for _ in range(2))
-    _load_tables(reader, written)
+    reader.load(None, written.read(None))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, _positions(written))), generator=generator)
     _, calls = reader.capture(ids)
@@ -72,10 +72,6 @@ def _positions(checkpoint: Checkpoint) -> int:
 
 def _probe_type(checkpoint: Checkpoint) -> torch.dtype:
     return torch.float64 if "F64" in checkpoint.dtypes.values() else torch.float32
-
-
-def _load_tables(runner: BlockRunner, checkpoint: Checkpoint) -> None:
-    runner.load(None, checkpoint.read(None))
 
 
 def _require_close(what: str, expected: Tensor, found: Tensor) -> None:
