@@ -78,7 +78,37 @@ def conditions() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "load_before": load(),
+        _BEGAN: (time.time(), _machine_seconds(), _own_seconds()),
     }
+
+
+_BEGAN = "began"
+
+
+def _finish(found: dict[str, Any]) -> None:
+    """Add what is known at the end: the load, and the share of the machine that other processes had meanwhile."""
+    began, machine, own = found.pop(_BEGAN)
+    found["load_after"] = load()
+    if machine is not None:
+        busy = (_machine_seconds() or 0.0) - machine - (_own_seconds() - own)
+        share = busy / ((time.time() - began) * (os.cpu_count() or 1))
+        found["cpu_share_of_other_processes"] = f"{max(0.0, share):.0%}"
+
+
+def _machine_seconds() -> float | None:
+    """Processor seconds spent by everything on this machine; None where the system does not say."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, *interrupts = map(int, fields[:7])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor seconds of this process and its finished children."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def load() -> float:
@@ -328,7 +358,7 @@ class Result:
 
 def record(result: Result, small: bool) -> None:
     """Print a result; unless it was a small run, keep it and write the README's table anew."""
-    result.conditions["load_after"] = load()
+    _finish(result.conditions)
     text = json.dumps(asdict(result), indent=2)
     print(text)
     if small:
