@@ -58,6 +58,8 @@ class BlockRunner:
             module, leaf = self._locate(packed)
             shape = module.get_parameter(leaf).shape
             module._parameters[leaf] = nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), False)
+        if place is None:
+            self.model.tie_weights()  # a tied head lets go of the embedding too
 
     def _locate(self, packed: Packed) -> tuple[nn.Module, str]:
         path, _, leaf = packed.name.rpartition(".")
@@ -104,6 +106,13 @@ class BlockRunner:
         output = self.blocks[block](hidden, *call.args, **call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def replay(self, block: int, tensors: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+        """Output of one block that holds ``tensors`` for this call only."""
+        self.load(block, tensors)
+        output = self.run(block, hidden, call)
+        self.unload(block)
+        return output
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:

@@ -47,22 +47,21 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
             "reload-check", f"sizes {plan.after}", f"the configuration gives {written.architecture.sizes}"
         )
     dtype = _probe_type(written)
-    engine, reader = (BlockRunner(written.architecture, dtype, torch.device("cpu")) for _ in range(2))
-    reader.load(None, written.read(None))
+    runner = BlockRunner(written.architecture, dtype, torch.device("cpu"))
+    runner.load(None, written.read(None))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, _positions(written))), generator=generator)
-    _, calls = reader.capture(ids)
+    _, calls = runner.capture(ids)
+    runner.unload(None)  # of a large model, never more than the stem or one block is held
     hidden = torch.randn(1, ids.shape[1], plan.after.residual, generator=generator).to(dtype)
     for new, old in {(0, plan.blocks[0]), (len(plan.blocks) - 1, plan.blocks[-1])}:
         cut = cut_place(source.architecture, old, source.read(old), plan)
-        engine.load(new, {name.replace(f"blocks.{old}.", f"blocks.{new}.", 1): t for name, t in cut.items()})
-        reader.load(new, written.read(new))
-        expected, found = (runner.run(new, hidden, calls[new]) for runner in (engine, reader))
-        _require_close(f"block {new}", expected, found)
-        engine.unload(new)
-        reader.unload(new)
+        cut = {name.replace(f"blocks.{old}.", f"blocks.{new}.", 1): tensor for name, tensor in cut.items()}
+        expected = runner.replay(new, cut, hidden, calls[new])
+        del cut
+        _require_close(f"block {new}", expected, runner.replay(new, written.read(new), hidden, calls[new]))
     if written.folder.bytes <= WHOLE_MODEL:
-        _check_whole(written, reader, ids, dtype)
+        _check_whole(written, runner, ids, dtype)
     return str(transformers.__version__)
 
 
@@ -80,7 +79,7 @@ def _require_close(what: str, expected: Tensor, found: Tensor) -> None:
         raise InternalError("reload-check", f"output of {what}", f"relative difference {error:.3g} after reloading")
 
 
-def _check_whole(written: Checkpoint, reader: BlockRunner, ids: Tensor, dtype: torch.dtype) -> None:
+def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
@@ -96,11 +95,10 @@ def _check_whole(written: Checkpoint, reader: BlockRunner, ids: Tensor, dtype: t
     for kind, names in wrong.items():
         if names:
             raise InternalError("reload-check", "loading with plain transformers", f"{kind} keys: {sorted(names)[:3]}")
-    hidden, calls = reader.capture(ids)
-    for block in range(len(reader.blocks)):
-        reader.load(block, written.read(block))
-        hidden = reader.run(block, hidden, calls[block])
-        reader.unload(block)
+    runner.load(None, written.read(None))
+    hidden, calls = runner.capture(ids)
+    for block in range(len(runner.blocks)):
+        hidden = runner.replay(block, written.read(block), hidden, calls[block])
     with torch.no_grad():
         found = model.eval()(input_ids=ids, use_cache=False).logits
-    _require_close("the whole model", reader.logits(ids, hidden), found)
+    _require_close("the whole model", runner.logits(ids, hidden), found)

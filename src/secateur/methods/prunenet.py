@@ -19,7 +19,7 @@ from secateur.scores.policy import Policy, PolicyOptions
 from secateur.spaces import Space
 
 POLICY = "prunenet-policy"
-_STATE = ("gate", "up")  # the first FFN matrix: gate_proj where the FFN is gated, else fc1
+_STATE = ("gate", "up")  # the first FFN matrix is the first of these: gate_proj where the FFN is gated, else fc1
 
 
 class PruneNet(Method, PolicyOptions):
@@ -72,9 +72,5 @@ class PruneNet(Method, PolicyOptions):
 
 def _matrix(study: Study, space: Space) -> Tensor:
     """First FFN matrix of a space, [neurons, width]."""
-    view = study.view(space.place, _STATE)
-    found = view.matrix("gate", space.expert)
-    if found is None:
-        found = view.matrix("up", space.expert)
-    assert found is not None
-    return found
+    found = (study.view(space.place, (role,)).matrix(role, space.expert) for role in _STATE)
+    return next(matrix for matrix in found if matrix is not None)
