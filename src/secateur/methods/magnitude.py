@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.methods.base import Study
 from secateur.methods.selection import Selection
-from secateur.scores.norms import unit_energy
+from secateur.scores.norms import precise_type, unit_energy
 from secateur.spaces import BlockView, Member, Space, spaces_of
 
 
@@ -39,7 +39,7 @@ class Magnitude(Selection):
         if self.cuts == "blocks":
             if view.place is None:
                 return {}
-            norms = [torch.linalg.vector_norm(t, dtype=torch.float32).double() for t in view.tensors.values()]
+            norms = [torch.linalg.vector_norm(t, dtype=precise_type(t)).double() for t in view.tensors.values()]
             return {"blocks": torch.stack(norms).square().sum().view(1)}
         return {
             space.name: unit_energy(self._members(view, space), space.size)

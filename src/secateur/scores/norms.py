@@ -24,13 +24,13 @@ def unit_energy(members: Iterable[Member], size: int) -> Tensor:
     for member in members:
         other = [d for d in range(member.values.ndim) if d != member.axis]
         if other:
-            norms = torch.linalg.vector_norm(member.values, dim=other, dtype=_precise(member.values)).double()
+            norms = torch.linalg.vector_norm(member.values, dim=other, dtype=precise_type(member.values)).double()
         else:
             norms = member.values.double()
         energy += norms.square().view(size, member.span).sum(1)
     return energy
 
 
-def _precise(values: Tensor) -> torch.dtype:
+def precise_type(values: Tensor) -> torch.dtype:
     """Type to sum in: float32 at least."""
     return torch.promote_types(values.dtype, torch.float32)
