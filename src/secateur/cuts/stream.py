@@ -6,7 +6,8 @@ weights of 1 / s the readers see exactly the normalised projection; eps stays as
 sec. 3, with one rotation for all blocks).
 
 A LayerNorm also subtracts the mean. The projection is therefore carried in the hyperplane orthogonal to the vector
-of ones, which takes one spare dimension: d = k + 1 for k directions.
+of ones, which takes one spare dimension: d = k + 1 for k directions. Where a norm's bias meets a reader without one
+(the head), the spare dimension carries it: the norm adds ones, which all other readers map to zero.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def narrow_stream(
         tensors: canonical tensors of the place.
     """
     result = {name: _precise(tensor) for name, tensor in tensors.items()}
+    constants: dict[str, Tensor] = {}  # what the norm's bias adds to a reader that has no bias of its own
+    spare: set[str] = set()
     for norm, readers in READERS_OF_NORM.items():
         weight, bias = (result.get(canonical_name(place, norm, kind)) for kind in ("weight", "bias"))
         if weight is None:
@@ -98,9 +101,13 @@ def narrow_stream(
                 continue
             if bias is not None:
                 target = name.removesuffix("weight") + "bias"
-                if target not in result:
+                if target in result:
+                    result[target] = result[target] + result[name] @ bias
+                elif basis.mean_free:
+                    constants[name] = result[name] @ bias
+                    spare.add(canonical_name(place, norm, "bias"))
+                else:
                     raise InternalError("no-bias", f"folding {norm} into {name}", "the stock class has no bias there")
-                result[target] = result[target] + result[name] @ bias
             result[name] = result[name] * weight
     restore, reduce = (m.to(next(iter(result.values()))) for m in (basis.restore, basis.scale * basis.reduce))
     for name, tensor in result.items():
@@ -109,12 +116,14 @@ def narrow_stream(
         if role in TABLES:
             result[name] = tensor @ reduce.t()
         elif role in NORMS and NORMS[role] == "residual":
-            fill = 1 / basis.scale if kind == "weight" else 0.0
+            fill = 1 / basis.scale if kind == "weight" else float(name in spare)
             result[name] = tensor.new_full((basis.width,), fill)
         elif writes_stream(role):
             result[name] = reduce @ tensor
         elif kind == "weight" and role in MATRICES and MATRICES[role][1] == "residual":
             result[name] = tensor @ restore
+            if name in constants:  # read along the vector of ones, where only the norm's bias lies
+                result[name] += constants[name][:, None] / basis.width
     return {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
 
 

@@ -12,7 +12,7 @@ from secateur.checkpoints import Checkpoint, Folder, TensorWriter
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
 from secateur.errors import InternalError
-from secateur.families.stock import quiet_transformers
+from secateur.families.stock import quiet_transformers, typed
 from secateur.plans import Plan
 
 WHOLE_MODEL = 2**30
@@ -84,7 +84,7 @@ def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: t
 
     with quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
-            written.folder.path, dtype=dtype, output_loading_info=True, local_files_only=True
+            written.folder.path, **typed(dtype), output_loading_info=True, local_files_only=True
         )
     travelling = {header.name for header in written.passthrough}
     wrong: dict[str, Any] = {

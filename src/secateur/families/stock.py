@@ -85,12 +85,17 @@ def skeleton_model(config: Any, dtype: torch.dtype) -> Any:
     return _build(quiet, _EmptyOnMeta, dtype)
 
 
+def typed(dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments that make a stock class compute in ``dtype``: the fused products of experts know no float64."""
+    return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
+
+
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         with quiet_transformers(), context():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, **typed(dtype))
     except Exception as error:
         message = " ".join(str(error).split())
         refuse("bad-config", f"model of {type(config).__name__}", message or type(error).__name__)

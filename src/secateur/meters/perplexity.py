@@ -22,7 +22,7 @@ from secateur.data.windows import encode, load_tokenizer
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.prepare import LONGEST_WINDOW, context_of
 from secateur.errors import refuse
-from secateur.families.stock import quiet_transformers
+from secateur.families.stock import quiet_transformers, typed
 from secateur.meters.memory import available_bytes
 
 Logits = Callable[[Tensor], Tensor]
@@ -89,7 +89,7 @@ def load_stock(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
     with quiet_transformers():
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder.path, dtype=dtype, local_files_only=True
+            checkpoint.folder.path, **typed(dtype), local_files_only=True
         )
     return model.to(device).eval()
 

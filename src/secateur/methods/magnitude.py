@@ -11,8 +11,8 @@ from torch import Tensor
 
 from secateur.methods.base import Study
 from secateur.methods.selection import Selection
-from secateur.scores.norms import unit_energy
-from secateur.spaces import BlockView, Member, Space, spaces_of
+from secateur.scores.norms import squares_along, unit_energy
+from secateur.spaces import BlockView, Member, Space
 
 
 class Magnitude(Selection):
@@ -39,12 +39,9 @@ class Magnitude(Selection):
         if self.cuts == "blocks":
             if view.place is None:
                 return {}
-            norms = [torch.linalg.vector_norm(t, dtype=torch.float32).double() for t in view.tensors.values()]
-            return {"blocks": torch.stack(norms).square().sum().view(1)}
-        return {
-            space.name: unit_energy(self._members(view, space), space.size)
-            for space in spaces_of(view.architecture.sizes, self.cuts, view.place)
-        }
+            energies = [squares_along(tensor, 0).sum() for tensor in view.tensors.values()]
+            return {"blocks": torch.stack(energies).sum().view(1)}
+        return {s.name: unit_energy(self._members(view, s), s.size) for s in view.spaces(self.cuts)}
 
     def _members(self, view: BlockView, space: Space) -> list[Member]:
         members = [member for member in view.members(space) if self._counts(member)]

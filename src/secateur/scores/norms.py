@@ -24,12 +24,12 @@ def unit_energy(members: Iterable[Member], size: int) -> Tensor:
     """
     energy = torch.zeros(size, dtype=torch.float64)
     for member in members:
-        energy += _squares(member.values, member.axis).view(size, member.span).sum(1)
+        energy += squares_along(member.values, member.axis).view(size, member.span).sum(1)
     return energy
 
 
-def _squares(values: Tensor, axis: int) -> Tensor:
-    """Sums of squares along the other axis, float64; products in float32, sums over chunks in float64."""
+def squares_along(values: Tensor, axis: int) -> Tensor:
+    """Sum of squares of each slice of ``axis``, float64; products in float32, sums over chunks in float64."""
     if values.ndim == 1:
         return values.double().square()
     squares = torch.zeros(values.shape[axis], dtype=torch.float64)

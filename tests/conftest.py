@@ -1,0 +1,61 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import models
+
+settings.register_profile("secateur", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("secateur")
+torch.set_num_threads(1)
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Tiny checkpoints, made once: ``checkpoint("llama")``, ``checkpoint("gpt2-bare")``, ``checkpoint("opt", torch.float64)``."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            folder = tmp_path_factory.mktemp("models") / name
+            arguments: dict[str, Any] = models.DISK.get(name, {"name": name})
+            made[name, dtype] = models.save(folder, dtype=dtype, **arguments)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text."""
+    path = tmp_path_factory.mktemp("texts") / "notes.txt"
+    path.write_text(models.text(400))
+    return path
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A held-out text."""
+    path = tmp_path_factory.mktemp("texts") / "held-out.txt"
+    path.write_text(models.text(60, seed=1))
+    return path
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of trained models and texts; tests that need it are skipped where it is absent."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("SECATEUR_ASSETS", beside))
+    if not (folder / "lm").is_dir():
+        pytest.skip(f"no trained models: {folder} is absent (SECATEUR_ASSETS names another folder)")
+    return folder

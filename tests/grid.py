@@ -1,0 +1,217 @@
+"""The grid: every behaviour a written model must show, as plain functions over one cell (family, method, options).
+
+A new method joins with one line in ``METHODS`` (and is covered with its defaults without it); a new family with
+one line in ``models.FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+import masking
+import models
+import secateur
+from secateur.api import PruneResult
+from secateur.engine.prepare import prepare
+from secateur.engine.progress import Silent
+from secateur.engine.request import make_request
+from secateur.engine.run import Run
+from secateur.errors import RequestError
+from secateur.methods.registry import method_class, method_names
+from secateur.plans import Plan
+
+Options = dict[str, Any]
+SPACES = ("ffn", "kv", "residual", "blocks")
+REPORT = "secateur-report.md"
+SELECTION, ROTATION = 1e-10, 1e-5
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too."""
+
+    options: tuple[Options, ...] = ({},)
+    more: tuple[Options, ...] = ()
+
+
+_SPACES = tuple({"spaces": kind} for kind in SPACES)
+METHODS: dict[str, Row] = {
+    "random": Row(_SPACES),
+    "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
+    "slicegpt": Row(({}, {"basis": "subset"}), ({"basis": "random"}, {"orientation": "random"})),
+    "prunenet": Row(),
+}
+RATIOS = {"kv": 0.08, "blocks": 0.2}
+_RATIO = 0.15
+NOT_NATIVE = {family: {"kv", "residual"} for family in ("gpt2", "gpt2-inner", "opt")}
+"""What the stock classes cannot hold; refused, and nothing else is."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One prune of the grid."""
+
+    family: str
+    method: str
+    options: Options = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.family, self.method, *(f"{k}={v}" for k, v in self.options.items())])
+
+    @property
+    def kind(self) -> str:
+        """Kind of the units that go."""
+        made: str = method_class(self.method)(**self.options).cuts  # type: ignore[assignment]
+        return made
+
+    @property
+    def refused(self) -> bool:
+        """Whether the native layout has to refuse."""
+        return self.kind in NOT_NATIVE.get(self.family, ())
+
+
+def rows(method: str, full: bool) -> list[Options]:
+    """Options of a method in the grid."""
+    row = METHODS.get(method, Row())
+    return [*row.options, *(row.more if full else ())]
+
+
+def ci_cells() -> list[Cell]:
+    """Every method x {llama, gpt2, mixtral}; every family x {magnitude over all spaces, slicegpt}."""
+    wide = {
+        Cell(f, m, o)
+        for f in ("llama", "gpt2", "mixtral")
+        for m in method_names()
+        for o in map(_Frozen, rows(m, False))
+    }
+    deep = {Cell(f, "magnitude", _Frozen(o)) for f in models.ALL for o in _SPACES}
+    rotated = {Cell(f, "slicegpt", _Frozen(o)) for f in models.ALL for o in ({}, {"basis": "subset"})}
+    return sorted(wide | deep | rotated, key=str)
+
+
+def full_cells() -> list[Cell]:
+    """Every method x every family x all its options."""
+    return [Cell(f, m, _Frozen(o)) for m in method_names() for f in models.ALL for o in rows(m, True)]
+
+
+class _Frozen(dict[str, Any]):
+    """Options as part of a cell that goes into a set."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
+# -- one prune -------------------------------------------------------------------------------------------------------
+
+
+def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Keyword arguments of the prune of a cell; writes the calibration text where the method needs one."""
+    found: dict[str, Any] = {
+        "method": cell.method,
+        "ratio": RATIOS.get(cell.kind, _RATIO),
+        "options": dict(cell.options),
+    }
+    if method_class(cell.method).data == "text":
+        notes = folder / "notes.txt"
+        notes.write_text(models.text(200))
+        found.update(data=str(notes), samples=8, length=32)
+    return found
+
+
+def plan_of(model: Path, scratch: Path, **options: Any) -> tuple[Plan, str]:
+    """The plan of a request and its digest, without writing an output."""
+    run = Run(prepare(make_request({"model": str(model), **options})), scratch, Silent())
+    return run.plan(), Plan.digest(run.work)
+
+
+def hashes(folder: Path, *without: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in without)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+# -- behaviours ------------------------------------------------------------------------------------------------------
+
+
+def check_masked(model: Path, output: Path, family: str, plan: Plan) -> None:
+    """The written model computes what the dense one computes with the removed units silenced."""
+    ids, where = models.token_ids(), models.ALL[family].where
+    assert models.config(model)["dtype"] == "float64"
+    for precise in (False, True):
+        dense, cut = (models.load(f, dtype=torch.float64, experts_implementation="eager") for f in (model, output))
+        untouched = masking.logits(dense, ids)
+        if precise:
+            masking.swap_precise_parts(dense)
+            masking.swap_precise_parts(cut)
+        expected = masking.logits(masking.mask(dense, where, plan), ids)
+        error = masking.difference(expected, masking.logits(cut, ids))
+        bound = SELECTION if precise else ROTATION
+        assert error < bound, f"masked and cut differ by {error:.2e}, more than {bound:g}"
+        assert masking.difference(untouched, expected) > 1e-3, "the mask changes nothing: the oracle proves nothing"
+
+
+def check_counts(result: PruneResult, output: Path) -> None:
+    """Achieved == counted from the file == parameters of the stock model loaded from it."""
+    model = models.load(output)
+    unique = {id(p): p.numel() for p in model.parameters()}
+    assert result.achieved["params"] == sum(unique.values())
+    on_disk = 0
+    for file in output.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                repeated = name == "lm_head.weight" and model.config.tie_word_embeddings
+                buffer = name.endswith(".attn.bias")
+                on_disk += 0 if repeated or buffer else torch.Size(handle.get_slice(name).get_shape()).numel()
+    assert result.achieved["params"] == on_disk
+    assert result.achieved["bytes"] == sum(f.stat().st_size for f in output.glob("*.safetensors"))
+    assert result.achieved["params"] < result.achieved["params_before"]
+
+
+def check_record(output: Path, digest: str) -> None:
+    """``secateur.json`` holds the plan's digest and those of all tensors."""
+    record = json.loads((output / "secateur.json").read_text())
+    assert record["plan_sha256"] == digest
+    found = {}
+    for file in output.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            for name in handle.keys():  # noqa: SIM118
+                data = handle.get_tensor(name).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                found[name] = hashlib.sha256(data).hexdigest()
+    assert record["tensors"] == found
+
+
+def run_cell(cell: Cell, folder: Path) -> str:
+    """All behaviours of one cell.
+
+    Returns:
+        ``ok``, or ``refused: ...`` where the native layout has to refuse.
+    """
+    model = models.save(folder / "model", cell.family, torch.float64)
+    before, options = hashes(model), arguments(cell, folder)
+    output = folder / "out"
+    if cell.refused:
+        try:
+            secateur.prune(model, output=output, **options)
+        except RequestError as error:
+            assert error.exit_code == 2
+            assert error.code == "not-native"
+            assert {p.name for p in folder.iterdir()} <= {"model", "notes.txt"}, "a refusal leaves something behind"
+            assert hashes(model) == before
+            return f"refused: {error.found}"
+        raise AssertionError("the stock class cannot hold this, and it was not refused")
+    result = secateur.prune(model, output=output, **options)
+    plan, digest = plan_of(model, folder / "planned", **options)
+    check_masked(model, output, cell.family, plan)
+    check_counts(result, output)
+    check_record(output, digest)
+    secateur.prune(model, output=folder / "again", **options)
+    assert hashes(output, REPORT) == hashes(folder / "again", REPORT), "the same seed gives other bytes"
+    assert hashes(model) == before, "the input was touched"
+    return "ok"

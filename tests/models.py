@@ -1,0 +1,246 @@
+"""Tiny random checkpoints of every family, made on the spot. A new family joins with one line in ``FAMILIES``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from secateur.families.stock import quiet_transformers
+
+CONTEXT = 64
+VOCABULARY = 300
+_COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+_GQA = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": CONTEXT,
+}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Module names of a stock class, for hooks. Written down here again, not taken from the family files."""
+
+    blocks: str = "model.layers"
+    tables: tuple[str, ...] = ("model.embed_tokens",)
+    attention_out: str = "self_attn.o_proj"
+    ffn_out: str = "mlp"
+    ffn_reader: str = "mlp.down_proj"
+    experts: str | None = None
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family at a size that fits in a test."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    where: Where = Where()
+    model_type: str = ""
+
+
+FAMILIES: dict[str, Tiny] = {
+    "llama": Tiny(_GQA),
+    "mistral": Tiny({**_GQA, "sliding_window": 8}),
+    "qwen2": Tiny({**_GQA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": Tiny(_GQA),
+    "gpt2": Tiny(
+        {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT},
+        Where("transformer.h", ("transformer.wte", "transformer.wpe"), "attn.c_proj", "mlp", "mlp.c_proj"),
+    ),
+    "opt": Tiny(
+        {
+            "hidden_size": 48,
+            "word_embed_proj_dim": 48,
+            "ffn_dim": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+        },
+        Where(
+            "model.decoder.layers",
+            ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+            "self_attn.out_proj",
+            "fc2",
+            "fc2",
+        ),
+    ),
+    "mixtral": Tiny(
+        {**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        Where(experts="mlp.experts"),
+    ),
+}
+"""Families by name; a variant of one names its ``model_type``."""
+
+VARIANTS: dict[str, Tiny] = {
+    "llama-tied": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="llama"),
+    "llama-mha": Tiny(
+        {**_GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
+        model_type="llama",
+    ),
+    "qwen2-full": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="qwen2"),
+    "gpt2-inner": Tiny({**FAMILIES["gpt2"].config, "n_inner": 80}, FAMILIES["gpt2"].where, "gpt2"),
+}
+ALL = {**FAMILIES, **VARIANTS}
+
+SENTENCES = (
+    "the quick brown fox jumps over the lazy dog",
+    "pruning removes what a network can do without",
+    "a hedge is cut so that it grows where it should",
+    "numbers like 3, 14 and 159 stand between the words",
+    "every branch that stays has to carry more light",
+)
+
+
+def text(count: int, seed: int = 0) -> str:
+    """``count`` seeded sentences."""
+    order = torch.randint(len(SENTENCES), (count,), generator=torch.Generator().manual_seed(seed))
+    return ". ".join(SENTENCES[int(i)] for i in order)
+
+
+@cache
+def _tokenizer_json() -> str:
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer.to_str()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that puts <s> before every text and knows chats."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json()), bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    return made
+
+
+def stock(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A stock model with random weights, in which no bias is zero and no norm weight one."""
+    tiny = ALL[name]
+    config = AutoConfig.for_model(tiny.model_type or name, **{**_COMMON, **tiny.config, **changes})
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim == 1:
+                value = 0.3 * noise + float(key.endswith("weight"))
+            else:
+                value = noise / parameter.shape[-1] ** 0.5
+            parameter.copy_(value)
+    return model
+
+
+Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def save(
+    folder: Path,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    edit: Edit | None = None,
+    shard: str | None = None,
+    with_tokenizer: bool = True,
+    **changes: Any,
+) -> Path:
+    """Write a checkpoint folder.
+
+    Args:
+        folder: where.
+        name: of ``ALL``.
+        edit: changes the tensors of the file afterwards.
+        shard: size of a shard.
+        changes: of the configuration.
+    """
+    with quiet_transformers():
+        stock(name, dtype, **changes).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    if with_tokenizer:
+        tokenizer().save_pretrained(folder)
+    if edit is not None:
+        path = folder / "model.safetensors"
+        save_file({key: tensor.clone() for key, tensor in edit(load_file(path)).items()}, path, {"format": "pt"})
+    return folder
+
+
+def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2 as on the hub: no ``transformer.`` prefix, causal masks among the tensors."""
+    bare = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    blocks = sorted({key.split(".")[1] for key in bare if key.startswith("h.")})
+    mask = torch.ones(CONTEXT, CONTEXT).tril().view(1, 1, CONTEXT, CONTEXT)
+    return {**bare, **{f"h.{i}.attn.bias": mask for i in blocks}}
+
+
+def repeated_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A tied head that the file repeats."""
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+def fused_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts stacked in the file as they are in the module."""
+    found = dict(tensors)
+    for block in range(3):
+        disk, module = f"model.layers.{block}.block_sparse_moe", f"model.layers.{block}.mlp"
+        w1, w3, w2 = ([found.pop(f"{disk}.experts.{e}.{w}.weight") for e in range(4)] for w in ("w1", "w3", "w2"))
+        found[f"{module}.experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
+        found[f"{module}.experts.down_proj"] = torch.stack(w2)
+        found[f"{module}.gate.weight"] = found.pop(f"{disk}.gate.weight")
+    return found
+
+
+DISK: dict[str, dict[str, Any]] = {
+    "sharded": {"name": "llama", "shard": "60KB"},
+    "gpt2-bare": {"name": "gpt2", "edit": without_prefix},
+    "tied-repeated": {"name": "llama-tied", "edit": repeated_head},
+    "mixtral-sharded": {"name": "mixtral", "shard": "100KB"},
+    "mixtral-fused": {"name": "mixtral", "edit": fused_experts},
+}
+"""The same models, differently on disk."""
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """Plain transformers; every key must be there and none too many, buffers of GPT-2 apart."""
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, **options
+        )
+    assert not info["missing_keys"], info["missing_keys"]
+    assert not info["mismatched_keys"], info["mismatched_keys"]
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith(".attn.bias")]
+    assert not unexpected, unexpected
+    return model.eval()
+
+
+def config(folder: Path) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def token_ids(rows: int = 2, length: int = 24) -> Tensor:
+    """Random token ids."""
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(7))
