@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from secateur.api.pruning import require_output, require_text
-from secateur.budgets import Budget
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.checkpoints.hub import locate
 from secateur.engine.prepare import (
     LONGEST_WINDOW,
     choose_method,
     context_of,
-    costs_of,
     resolve_device,
 )
 from secateur.engine.request import PruneRequest, make_request
-from secateur.errors import RequestError, SecateurError, refuse
+from secateur.errors import RequestError, SecateurError
 from secateur.methods.base import WORTH, Method
 
 
@@ -67,21 +65,9 @@ def preview(model: str | Path, *, recipe: str | Path | None = None, **options: A
 
 
 def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> dict[str, Any]:
-    device = resolve_device(request.device)
-    costs = costs_of(checkpoint)
-    dense = checkpoint.architecture.sizes
-    if not request.targets and method.sparsity is None:
-        refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
-    largest = 8 if device.type == "cpu" else 64
-    budget = Budget(
-        checkpoint.architecture,
-        costs,
-        request.targets,
-        itemsize=costs.itemsize,
-        quantum=request.quantum,
-        largest_quantum=largest,
-        tolerance=request.tolerance,
-    )
+    require_target(request, method)
+    budget = budget_for(request, checkpoint, resolve_device(request.device))
+    costs, dense = budget.costs, budget.sizes
     after = dense if request.is_copy else method.sizes(budget)
     length = request.length or min(LONGEST_WINDOW, context_of(checkpoint))
     surcharge = costs.params(dense.untied()) - costs.params(dense) if dense.tied and not after.tied else 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from secateur.budgets.costs import Costs
 from secateur.budgets.targets import Target
-from secateur.errors import RequestError, refuse
+from secateur.errors import InternalError, RequestError, refuse
 from secateur.families import Architecture, Sizes
 
 Latency = Callable[[Sizes], float]
@@ -27,7 +27,7 @@ class Budget:
         largest_quantum: cap of the chosen quantum, 8 on a CPU and 64 on a GPU.
         tolerance: largest accepted gap as a share of what is there; None: any that rounding to the nearest leaves.
         itemsize: bytes of a weight.
-        latency: seconds of a forward pass at given sizes, measured; only for latency targets.
+        latency: seconds of a forward pass at given sizes, measured; called for latency targets only.
     """
 
     architecture: Architecture
@@ -47,7 +47,7 @@ class Budget:
     def _cost(self, target: Target) -> Callable[[Sizes], float]:
         if target.measure == "latency":
             if self.latency is None:
-                refuse("bad-target", f"target {target}", "latency can only be met while pruning, not in a preview")
+                raise InternalError("no-latency", f"target {target}", "this budget was made without a latency meter")
             return self.latency
         cost: Callable[[Sizes], float] = getattr(self.costs, target.measure)
         return cost

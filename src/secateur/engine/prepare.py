@@ -27,7 +27,6 @@ class Prepared:
     request: PruneRequest
     checkpoint: Checkpoint
     method: Method
-    costs: Costs
     budget: Budget
     device: torch.device
     dtype: torch.dtype
@@ -92,6 +91,27 @@ def choose_method(request: PruneRequest) -> Method:
     return make_method(name, request.options)
 
 
+def require_target(request: PruneRequest, method: Method) -> None:
+    """Refuse a request that does not say how much shall go."""
+    if not request.targets and method.sparsity is None:
+        refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
+
+
+def budget_for(request: PruneRequest, checkpoint: Checkpoint, device: torch.device) -> Budget:
+    """The request as a budget on a checkpoint."""
+    costs = costs_of(checkpoint)
+    return Budget(
+        checkpoint.architecture,
+        costs,
+        request.targets,
+        itemsize=costs.itemsize,
+        quantum=request.quantum,
+        largest_quantum=8 if device.type == "cpu" else 64,
+        tolerance=request.tolerance,
+        latency=LatencyModel(checkpoint.architecture, resolve_dtype(request.dtype, checkpoint, device), device),
+    )
+
+
 def prepare(request: PruneRequest) -> Prepared:
     """Resolve a request.
 
@@ -101,21 +121,8 @@ def prepare(request: PruneRequest) -> Prepared:
     method = choose_method(request)
     if request.layout != "native":
         refuse("layout", f"layout {request.layout!r}", "this version writes the native layout only", "--layout native")
-    if not request.targets and method.sparsity is None:
-        refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
+    require_target(request, method)
     device = resolve_device(request.device)
     checkpoint = Checkpoint.open(Path(locate(request.model)))
-    dtype = resolve_dtype(request.dtype, checkpoint, device)
-    costs = costs_of(checkpoint)
-    latency = LatencyModel(checkpoint.architecture, dtype, device)
-    budget = Budget(
-        checkpoint.architecture,
-        costs,
-        request.targets,
-        itemsize=costs.itemsize,
-        quantum=request.quantum,
-        largest_quantum=8 if device.type == "cpu" else 64,
-        tolerance=request.tolerance,
-        latency=latency,
-    )
-    return Prepared(request, checkpoint, method, costs, budget, device, dtype)
+    budget = budget_for(request, checkpoint, device)
+    return Prepared(request, checkpoint, method, budget, device, resolve_dtype(request.dtype, checkpoint, device))
