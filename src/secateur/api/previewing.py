@@ -12,8 +12,10 @@ from secateur.checkpoints import Checkpoint, Folder
 from secateur.checkpoints.hub import locate
 from secateur.engine.prepare import (
     LONGEST_WINDOW,
+    budget_for,
     choose_method,
     context_of,
+    require_target,
     resolve_device,
 )
 from secateur.engine.request import PruneRequest, make_request
