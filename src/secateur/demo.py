@@ -7,10 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from secateur.api import evaluate, prune
+import torch
+
+from secateur.api import prune
+from secateur.checkpoints import Checkpoint
 from secateur.data.pydocs import documents
 from secateur.engine.progress import Progress
 from secateur.errors import refuse
+from secateur.meters.perplexity import Text, perplexity
 from secateur.reports.markdown import table
 
 METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt")
@@ -45,7 +49,7 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
     calibration.write_text("\n\n".join(documents("valid")), encoding="utf-8")
     held_out.write_text("\n\n".join(documents("test"))[:_HELD_OUT_CHARACTERS], encoding="utf-8")
     model = embedded_model()
-    dense = evaluate(model, text=held_out, context=_WINDOW)
+    dense = _measure(model, held_out)
     rows = []
     for ratio in RATIOS:
         for method in METHODS:
@@ -61,13 +65,12 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
                 output=folder,
                 progress=progress,
             )
-            measured = evaluate(folder, text=held_out, context=_WINDOW)
             rows.append(
                 {
                     "method": method,
                     "ratio": ratio,
                     "params": result.achieved["params"],
-                    "perplexity": measured["perplexity"],
+                    "perplexity": _measure(folder, held_out)["perplexity"],
                     "seconds": result.seconds,
                     "output": str(folder),
                 }
@@ -93,3 +96,11 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
     )
     report.write_text(text, encoding="utf-8")
     return {"dense": dense, "rows": rows, "report": str(report)}
+
+
+def _measure(folder: Path, held_out: Path) -> dict[str, Any]:
+    """Parameters of a checkpoint and its perplexity on the held-out text."""
+    checkpoint = Checkpoint.open(folder)
+    text = Text.read(str(held_out), checkpoint, _WINDOW)
+    value = perplexity(checkpoint, text, torch.float32, torch.device("cpu"))
+    return {"params": checkpoint.params, "perplexity": value, "tokens": text.tokens, "context": text.context}
