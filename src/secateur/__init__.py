@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import SecateurError
@@ -23,6 +25,17 @@ __all__ = [
     "preview",
     "prune",
 ]
+
+
+class _Package(ModuleType):
+    """Two rooms, ``families`` and ``methods``, are called like functions of the API: as attributes, the functions win."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):  # what an import of the room binds here
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -103,8 +103,11 @@ def prune(
         return _prune_folder(make_request({**values, "model": str(model)}, file), progress or Silent())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
+        config: Any = model.config
+        named = config.architectures
         with quiet_transformers():
             model.save_pretrained(folder)  # type: ignore[operator]
+        config.architectures = named  # saving writes the class's name into the module's own configuration
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if output is None:

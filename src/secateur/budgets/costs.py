@@ -20,6 +20,7 @@ class Costs:
         itemsizes: bytes of an element of each canonical tensor on disk.
         passthrough_bytes: bytes on disk that no cut changes (buffers, headers).
         passthrough_params: parameters of the stock model that the family file does not describe.
+        repeats_head: whether the files hold a head beside the embedding it is tied to.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class Costs:
         itemsizes: Mapping[str, int],
         passthrough_bytes: int = 0,
         passthrough_params: int = 0,
+        repeats_head: bool = False,
     ) -> None:
+        self._repeats_head = repeats_head
         self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
         self._inventory: dict[Block, Counter[tuple[str, tuple[str, ...], int]]] = {}
         widest = max(itemsizes.values())
@@ -64,7 +67,8 @@ class Costs:
         places: list[Block] = [None, *range(len(sizes.blocks))]
         head = sizes.vocab * sizes.residual
         extra = head * (self.itemsize if weigh == "bytes" else 1)
-        if sizes.tied and weigh != "flops":
+        shared = sizes.tied and not (weigh == "bytes" and self._repeats_head)
+        if shared and weigh != "flops":
             extra = 0
         return round(sum(self._sum(sizes, place, weigh) for place in places)) + extra
 

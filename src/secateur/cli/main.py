@@ -264,6 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
     as_json = "--json" in words
     try:
         code = app(words, prog_name="secateur", standalone_mode=False)
+        if code == 130:  # what typer makes of an interrupt inside a command
+            raise KeyboardInterrupt
     except SecateurError as error:
         code = _fail(error.as_dict(), str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):

@@ -77,6 +77,11 @@ class Journal:
         """Records of a step, oldest first."""
         return [record for record in self._records if record.get("step") == step]
 
+    def newer(self, step: str, than: str) -> bool:
+        """Whether a step is done, and was not followed by another one."""
+        last = next((r["step"] for r in reversed(self._records) if r.get("step") in (step, than)), None)
+        return last == step
+
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     old = found.get("request", {})

@@ -51,10 +51,11 @@ def costs_of(checkpoint: Checkpoint) -> Costs:
     """Cost functions of a checkpoint, buffers and headers of its files included in the bytes."""
     itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in checkpoint.dtypes.items()}
     architecture = checkpoint.architecture
-    described = Costs(architecture, itemsizes)
+    repeats_head = checkpoint.repeated_head is not None
+    described = Costs(architecture, itemsizes, repeats_head=repeats_head)
     unmapped = sum(torch.Size(shape).numel() for shape in architecture.unmapped.values())
     rest = checkpoint.folder.bytes - described.bytes(architecture.sizes)
-    return Costs(architecture, itemsizes, passthrough_bytes=rest, passthrough_params=unmapped)
+    return Costs(architecture, itemsizes, rest, unmapped, repeats_head)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -64,6 +64,7 @@ def make_request(values: dict[str, Any], recipe: Path | None = None) -> PruneReq
         RequestError: unknown names (near matches), values of the wrong kind, bad ratio or target.
     """
     merged: dict[str, Any] = _read_recipe(recipe) if recipe is not None else {}
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     merged.update({key: value for key, value in values.items() if value is not None and value not in ((), {}, [])})
     if merged.get("ratio") is not None:
         ratio_target(merged["ratio"])

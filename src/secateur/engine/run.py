@@ -155,7 +155,7 @@ class Run:
         left_behind = self._copy_companions(target)
         for name, artifact in plan.artifacts.items():
             artifact.save(self.result, name)
-        if not self.journal.done("verified"):
+        if not self.journal.newer("verified", than="cut"):
             self.progress.start("verify", 1)
             version = verify_output(self.checkpoint, plan, self.result, writer, digests)
             self.progress.step(1)
@@ -180,9 +180,8 @@ class Run:
             return False
 
         copy_folder(source, self.result, wanted)
-        card = self.result / "README.md"
-        if card.is_file():
-            card.replace(self.result / "README.source.md")
+        if (source / "README.md").is_file():  # a card in the result may also be ours, of an interrupted run
+            (self.result / "README.md").replace(self.result / "README.source.md")
         (self.result / CONFIG).write_text(json.dumps(target.raw, indent=2) + "\n", encoding="utf-8")
         return sorted(left)
 
