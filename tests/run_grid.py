@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+import transformers
+
 import grid
 import models
 import secateur
-import torch
-import transformers
 from secateur.reports.markdown import table
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "grid.md"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 import grid
 import models
-import pytest
 import secateur
-import torch
 from conftest import Checkpoints
 from secateur.errors import RequestError
 from secateur.methods.registry import method_class, method_names
@@ -79,7 +80,9 @@ def test_preview_states_the_surcharge_of_untying(checkpoint: Checkpoints, notes:
     request = {"method": "slicegpt", "ratio": 0.2}
     seen = secateur.preview(checkpoint("llama-tied"), **request)
     assert seen["untied"] == 48 * models.VOCABULARY
-    result = secateur.prune(checkpoint("llama-tied"), data=notes, samples=4, length=16, output=tmp_path / "out", **request)
+    result = secateur.prune(
+        checkpoint("llama-tied"), data=notes, samples=4, length=16, output=tmp_path / "out", **request
+    )
     assert seen["achieved"]["params"] == result.achieved["params"]
     kept = secateur.preview(checkpoint("llama-tied"), **request, options={"basis": "subset"})
     assert kept["untied"] == 0
@@ -133,7 +136,9 @@ def test_recipe_and_call_are_one_request(checkpoint: Checkpoints, tmp_path: Path
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("method: magnitude\nratio: 0.15\nseed: 3\noptions: {spaces: kv}\n")
     one = secateur.prune(checkpoint(), recipe=recipe, output=tmp_path / "a", ratio=0.2)
-    other = secateur.prune(checkpoint(), method="magnitude", ratio=0.2, seed=3, options={"spaces": "kv"}, output=tmp_path / "b")
+    other = secateur.prune(
+        checkpoint(), method="magnitude", ratio=0.2, seed=3, options={"spaces": "kv"}, output=tmp_path / "b"
+    )
     assert one.achieved == other.achieved
     assert grid.hashes(tmp_path / "a", grid.REPORT) == grid.hashes(tmp_path / "b", grid.REPORT)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import models
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
+
+import models
 from secateur.budgets import Budget, Costs, Target, parse_target, ratio_target
 from secateur.errors import RequestError
 from secateur.families import Architecture
 from secateur.families.stock import meta_model
-from transformers import AutoConfig
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,9 @@ def test_params_are_those_of_the_stock_model(
     data=st.data(),
 )
 def test_params_of_layer_norm_families(family: str, heads: int, blocks: int, data: st.DataObject) -> None:
-    names = {"opt": ("hidden_size", "num_attention_heads", "num_hidden_layers")}.get(family, ("n_embd", "n_head", "n_layer"))
+    names = {"opt": ("hidden_size", "num_attention_heads", "num_hidden_layers")}.get(
+        family, ("n_embd", "n_head", "n_layer")
+    )
     values = {**dict(zip(names, (12 * heads, heads, blocks), strict=True))}
     if family == "opt":
         values["word_embed_proj_dim"] = 12 * heads
@@ -173,7 +176,13 @@ def test_solver_against_brute_force(
     for n in range(1, present + 1):
         sizes = base.resized(kind, n)
         whole = n == present or n % step == 0
-        heads = 8 if family.startswith("llama") and kind == "residual" else 4 if family == "mixtral" and kind in ("ffn", "residual") else 1
+        heads = (
+            8
+            if family.startswith("llama") and kind == "residual"
+            else 4
+            if family == "mixtral" and kind in ("ffn", "residual")
+            else 1
+        )
         if whole and (n % heads == 0 or sizes == made.sizes):
             allowed.append(sizes)
     wanted = fraction * cost(made.sizes)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import masking
-import models
 import pytest
 import torch
-from conftest import Checkpoints
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+import masking
+import models
+from conftest import Checkpoints
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.checkpoints.checkpoint import to_module_tensors
 from secateur.cuts import cut_place
 from secateur.cuts.stream import StreamBasis, hyperplane
 from secateur.plans import Plan
-from torch import Tensor
-from torch.nn import functional
 
 
 def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -32,7 +33,11 @@ def test_layer_norm_stream_is_exact_at_full_width(family: str, directions: str, 
     source = Checkpoint(Folder(folder))
     sizes = source.architecture.sizes
     width = sizes.residual
-    basis = hyperplane(width) @ orthonormal(width - 1, width - 1) if directions == "mean-free" else orthonormal(width, width - 1)
+    basis = (
+        hyperplane(width) @ orthonormal(width - 1, width - 1)
+        if directions == "mean-free"
+        else orthonormal(width, width - 1)
+    )
     plan = Plan(sizes, sizes.untied(), basis=basis)
     target = source.architecture.resized(plan.after)
     state: dict[str, Tensor] = {}

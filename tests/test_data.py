@@ -6,13 +6,14 @@ import io
 import json
 from pathlib import Path
 
-import models
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-import secateur
 import torch
+
+import models
+import secateur
 from conftest import Checkpoints
 from secateur.data.sources import documents
 from secateur.data.windows import Windows, calibration_windows
@@ -21,7 +22,9 @@ from secateur.errors import RequestError
 TEXTS = [models.text(40, seed) for seed in range(3)]
 
 
-def draw(source: Path | str, folder: Path, samples: int = 4, length: int = 16, seed: int = 0, field: str = "text") -> Windows:
+def draw(
+    source: Path | str, folder: Path, samples: int = 4, length: int = 16, seed: int = 0, field: str = "text"
+) -> Windows:
     """Windows for a tiny model."""
     return calibration_windows(str(source), folder, models.VOCABULARY, samples, length, seed, field)
 
@@ -55,7 +58,9 @@ def sources(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("form", ["folder", "jsonl", "jsonl-field", "parquet", "parquet-field", "npy"])
-def test_every_form_gives_the_same_windows(form: str, checkpoint: Checkpoints, tmp_path: Path, stream: np.ndarray) -> None:
+def test_every_form_gives_the_same_windows(
+    form: str, checkpoint: Checkpoints, tmp_path: Path, stream: np.ndarray
+) -> None:
     path, field = sources(tmp_path)[form]
     found = draw(path, checkpoint(), samples=10_000, field=field)
     count = len(stream) // 16
@@ -119,7 +124,13 @@ def test_count_and_hash_are_recorded(checkpoint: Checkpoints, tmp_path: Path) ->
     """Fewer windows than asked are recorded; the hash is that of the content."""
     (tmp_path / "few.txt").write_text(models.text(10))
     secateur.prune(
-        checkpoint(), method="slicegpt", ratio=0.15, data=tmp_path / "few.txt", samples=500, length=16, output=tmp_path / "out"
+        checkpoint(),
+        method="slicegpt",
+        ratio=0.15,
+        data=tmp_path / "few.txt",
+        samples=500,
+        length=16,
+        output=tmp_path / "out",
     )
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())["data"]
     tokens = len(models.tokenizer()(models.text(10))["input_ids"])

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import pytest
 import torch
-from conftest import Checkpoints
 from safetensors.torch import load_file, save_file
+
+import models
+from conftest import Checkpoints
 from secateur.cli import main
 
 Damage = Callable[[Path], object]
@@ -115,10 +116,16 @@ BAD: dict[str, Bad] = {
     "unknown architecture": Bad(("lama", "did you mean llama"), damage=edit_config(model_type="lama")),
     "quantised": Bad(("quantised", "gptq"), damage=edit_config(quantization_config={"quant_method": "gptq"})),
     "integer weights": Bad(
-        ("model.norm.weight", "I8"), damage=edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
+        ("model.norm.weight", "I8"),
+        damage=edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
     ),
-    "multimodal": Bad(("llava", "multimodal", "vision_config"), damage=edit_config(model_type="llava", vision_config={}, text_config={})),
-    "classifier": Bad(("LlamaForSequenceClassification",), damage=edit_config(architectures=["LlamaForSequenceClassification"])),
+    "multimodal": Bad(
+        ("llava", "multimodal", "vision_config"),
+        damage=edit_config(model_type="llava", vision_config={}, text_config={}),
+    ),
+    "classifier": Bad(
+        ("LlamaForSequenceClassification",), damage=edit_config(architectures=["LlamaForSequenceClassification"])
+    ),
     "broken config": Bad(("config.json", "not valid JSON"), damage=write("config.json", b'{"model_type": "llama"')),
     "config is a list": Bad(("config.json", "list"), damage=write("config.json", b"[1, 2]")),
     "config of bytes": Bad(("config.json",), damage=write("config.json", b"\xff\xfe\x00")),
@@ -148,12 +155,16 @@ BAD: dict[str, Bad] = {
     "no ratio": Bad(("--ratio",), ("--method", "magnitude")),
     "bad target": Bad(("'parms=70%'", "did you mean params"), ("--method", "magnitude", "--target", "parms=70%")),
     "unknown method": Bad(("'magnitud'", "did you mean magnitude"), ("--method", "magnitud", "--ratio", "0.1")),
-    "unknown option": Bad(("'space'", "did you mean spaces"), ("--method", "magnitude", "--ratio", "0.1", "--set", "space=kv")),
+    "unknown option": Bad(
+        ("'space'", "did you mean spaces"), ("--method", "magnitude", "--ratio", "0.1", "--set", "space=kv")
+    ),
     "bad value": Bad(("spaces='heads'", "ffn"), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=heads")),
     "no key": Bad(("'spaces'", "key=value"), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces")),
     "sparsity range": Bad(("sparsity='2'",), ("--method", "magnitude", "--set", "sparsity=2")),
     "out of reach": Bad(("%", "ffn"), ("--method", "magnitude", "--ratio", "0.9")),
-    "out of tolerance": Bad(("tolerance",), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=kv", "--tolerance", "0.001")),
+    "out of tolerance": Bad(
+        ("tolerance",), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=kv", "--tolerance", "0.001")
+    ),
     "layout": Bad(("per-layer",), ("--method", "magnitude", "--ratio", "0.1", "--layout", "per-layer")),
     "unknown layout": Bad(("layout", "sideways"), ("--method", "magnitude", "--ratio", "0.1", "--layout", "sideways")),
     "device": Bad(("device 'tpu9'",), ("--method", "magnitude", "--ratio", "0.1", "--device", "tpu9")),
@@ -324,8 +335,16 @@ def test_json_of_every_command(
     assert set(figures["against"]) == set(figures["ratio"]) == keys
     assert figures["perplexity"] == pytest.approx(result["perplexity"]["after"])
     assert figures["against"]["perplexity"] == pytest.approx(result["perplexity"]["before"])
-    assert figures["ratio"]["params"] == pytest.approx(result["achieved"]["params"] / result["achieved"]["params_before"])
-    for command in (["methods"], ["methods", "slicegpt"], ["families"], ["inspect", model], ["preview", model, "--ratio", "0.1"]):
+    assert figures["ratio"]["params"] == pytest.approx(
+        result["achieved"]["params"] / result["achieved"]["params_before"]
+    )
+    for command in (
+        ["methods"],
+        ["methods", "slicegpt"],
+        ["families"],
+        ["inspect", model],
+        ["preview", model, "--ratio", "0.1"],
+    ):
         code, shown, _ = run([*command, "--json"], capsys)
         assert code == 0
         assert isinstance(json.loads(shown), dict)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
 from secateur.checkpoints.folder import DTYPES, Folder, TensorHeader
 from secateur.checkpoints.writer import TensorWriter
 from secateur.errors import InternalError

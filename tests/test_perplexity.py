@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 from unittest import mock
 
-import models
 import pytest
-import secateur
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models
+import secateur
 from conftest import Checkpoints
 from secateur.checkpoints import Checkpoint
 from secateur.meters import perplexity as meter
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CPU = torch.device("cpu")
 

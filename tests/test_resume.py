@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import grid
-import models
 import pytest
-import secateur
-from conftest import Checkpoints
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
+import grid
+import models
+import secateur
+from conftest import Checkpoints
 from secateur.api import pruning
 from secateur.checkpoints.writer import TensorWriter
 from secateur.engine import run as run_module
@@ -32,7 +33,6 @@ from secateur.engine.run import Run
 from secateur.engine.sweeps import SummarySweep
 from secateur.errors import RequestError
 from secateur.plans import Plan
-
 
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a run is too slow to search for a smaller example
 
@@ -111,7 +111,9 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, str], int]]:
+def straight(
+    checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, str], int]]:
     """Bytes of undisturbed runs, and how often the clock ticks in one."""
     found = {}
     for name, request in requests(notes).items():
@@ -157,7 +159,13 @@ def test_killed_at_random_points(
 @pytest.mark.parametrize("point", ["verify_output", "_copy_companions"])
 @settings(max_examples=8, phases=_PHASES)
 @given(data=st.data())
-def test_torn_journal(point: str, checkpoint: Checkpoints, notes: Path, straight: dict[str, tuple[dict[str, str], int]], data: st.DataObject) -> None:
+def test_torn_journal(
+    point: str,
+    checkpoint: Checkpoints,
+    notes: Path,
+    straight: dict[str, tuple[dict[str, str], int]],
+    data: st.DataObject,
+) -> None:
     """A journal that ends anywhere, in the middle of a line too."""
     request = requests(notes)["slicegpt"]
     with tempfile.TemporaryDirectory() as temporary:
@@ -194,8 +202,12 @@ def test_what_was_written_is_not_believed_blindly(
     assert verify.call_count == 1
 
 
-@pytest.mark.parametrize("change", [{"ratio": 0.2}, {"seed": 1}, {"method": "random"}, {"options": {"of": "first"}}], ids=str)
-def test_another_request_is_refused(change: dict[str, Any], checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"ratio": 0.2}, {"seed": 1}, {"method": "random"}, {"options": {"of": "first"}}], ids=str
+)
+def test_another_request_is_refused(
+    change: dict[str, Any], checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
     """The unfinished run stays as it is, and the same command still finishes it."""
     request = requests(notes)["magnitude"]
     _interrupt(checkpoint("sharded"), tmp_path / "out", request)

@@ -28,7 +28,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Two rooms, ``families`` and ``methods``, are called like functions of the API: as attributes, the functions win."""
+    """Two rooms, ``families`` and ``methods``, have the names of API functions: as attributes, the functions win."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):  # what an import of the room binds here

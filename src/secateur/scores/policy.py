@@ -27,7 +27,7 @@ class PolicyOptions(BaseModel):
     step: Literal["layer", "episode"] = Field(
         "layer", description="paper: as the script, or as the package (clips at 1)"
     )
-    bands: int = Field(8, ge=2, description="groups of singular directions whose energies describe a row")
+    bands: int = Field(32, ge=2, description="groups of singular directions whose energies describe a row")
     sketch: int | None = Field(
         256, ge=8, description="if d is larger, read W Q, Q [d, sketch] orthonormal; paper: never"
     )
