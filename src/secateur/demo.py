@@ -16,6 +16,7 @@ from secateur.engine.progress import Progress
 from secateur.errors import refuse
 from secateur.meters.perplexity import Text, perplexity
 from secateur.reports.markdown import table
+from secateur.reports.plots import plot_curves
 
 METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt")
 RATIOS: Final = (0.1, 0.3)
@@ -94,6 +95,10 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
         f"of {dense['context']}); every folder beside this file loads with plain `transformers`.\n\n"
         f"{table(head, [first, *cells])}\n"
     )
+    dense_point = (dense["params"], dense["perplexity"])
+    curves = {m: [dense_point, *((r["params"], r["perplexity"]) for r in rows if r["method"] == m)] for m in METHODS}
+    if plot_curves(output / "report.png", curves, "parameters", "held-out perplexity"):
+        text += "\n![perplexity against parameters](report.png)\n"
     report.write_text(text, encoding="utf-8")
     return {"dense": dense, "rows": rows, "report": str(report)}
 
