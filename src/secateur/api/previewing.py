@@ -28,8 +28,8 @@ def preview(model: str | Path, *, recipe: str | Path | None = None, **options: A
 
     Returns:
         ``problems`` (errors as dictionaries), and, as far as they can be told, ``method``, ``output_kind``, ``sizes``,
-        ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds), ``peak_bytes`` (estimate),
-        ``layout``, ``loads_in``.
+        ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds), ``kept_tied`` (those it
+        would add, where a narrowed model keeps one table), ``peak_bytes`` (estimate), ``layout``, ``loads_in``.
     """
     problems: list[SecateurError] = []
     found: dict[str, Any] = {"problems": []}
@@ -72,7 +72,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     costs, dense = budget.costs, budget.sizes
     after = dense if request.is_copy else method.sizes(budget)
     length = request.length or min(LONGEST_WINDOW, context_of(checkpoint))
-    surcharge = costs.params(dense.untied()) - costs.params(dense) if dense.tied and not after.tied else 0
+    head = costs.params(dense.untied()) - costs.params(dense)
     achieved = {
         "params": costs.params(after),
         "params_before": costs.params(dense),
@@ -93,7 +93,8 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "output_kind": f"{method.output}: {WORTH[method.output]}",
         "sizes": sizes,
         "achieved": achieved,
-        "untied": surcharge,
+        "untied": head if dense.tied and not after.tied else 0,
+        "kept_tied": head if after.tied and after.residual != dense.residual else 0,
         "gap": budget.gap,
         "peak_bytes": _peak_estimate(checkpoint, method, request.samples * length),
         "layout": request.layout,

@@ -117,6 +117,8 @@ def show_preview(result: dict[str, Any]) -> None:
             _out.print(
                 f"the head must be untied from the embedding: {result['untied']:,} parameters more, counted above"
             )
+        if result["kept_tied"]:
+            _out.print(f"the head stays tied to the embedding; untying it would add {result['kept_tied']:,} parameters")
         if result["needs_data"]:
             _out.print("this method needs calibration text (--data) to run")
         _out.print(

@@ -38,7 +38,7 @@ def cut_place(architecture: Architecture, place: Block, tensors: Mapping[str, Te
     result = {name: _select(architecture, name, tensor, plan) for name, tensor in result.items()}
     if plan.basis is not None:
         basis = StreamBasis(plan.basis, architecture.family.norm == "layer")
-        return narrow_stream(architecture, place, result, basis)
+        return narrow_stream(architecture, place, result, basis, plan.after.tied)
     if "residual" in plan.kept:
         return _rescale(architecture, result, plan)
     return result

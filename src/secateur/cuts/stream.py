@@ -80,13 +80,14 @@ class StreamBasis:
 
 
 def narrow_stream(
-    architecture: Architecture, place: Block, tensors: Mapping[str, Tensor], basis: StreamBasis
+    architecture: Architecture, place: Block, tensors: Mapping[str, Tensor], basis: StreamBasis, tied: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of one place on the narrowed stream, norms folded into their readers.
 
     Args:
-        architecture: the dense architecture, its head untied.
-        tensors: canonical tensors of the place.
+        architecture: the dense architecture.
+        tensors: canonical tensors of the place; those of the stem hold the head unless it stays tied.
+        tied: whether one matrix goes on serving as embedding and head (RMSNorm only; see ``shared_table``).
     """
     result = {name: _precise(tensor) for name, tensor in tensors.items()}
     constants: dict[str, Tensor] = {}  # what the norm's bias adds to a reader that has no bias of its own
@@ -124,7 +125,33 @@ def narrow_stream(
             result[name] = tensor @ restore
             if name in constants:  # read along the vector of ones, where only the norm's bias lies
                 result[name] += constants[name][:, None] / basis.width
+    if place is None and tied:
+        embedding, norm = (canonical_name(None, role, "weight") for role in ("embedding", "final_norm"))
+        table, gains = shared_table(_precise(tensors[embedding]), _precise(tensors[norm]), restore)
+        result[embedding], result[norm] = table * basis.scale, gains / basis.scale**2
     return {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
+
+
+def shared_table(embedding: Tensor, gains: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """One table and the gains of the final norm that serve as embedding and as head on a rotated stream.
+
+    Exactly, the embedding becomes A = E Q and the head B = E diag(g) Q, which share no table because the gains g do
+    not commute with Q. The gains h that bring A nearest to B are the diagonal least-squares ones; T is then the least
+    squares of T = A and T diag(h) = B, both errors relative to the size of what they approximate. (Ours. Solving for T
+    and h in turn until they settle was no better on validation text.)
+
+    Args:
+        embedding: E, [vocab, D].
+        gains: g, [D].
+        directions: Q, [D, k].
+
+    Returns:
+        T [vocab, k] and h [k].
+    """
+    first, second = embedding @ directions, (embedding * gains) @ directions
+    weight = first.square().sum() / second.square().sum().clamp(min=1e-30)
+    shared = (first * second).sum(0) / first.square().sum(0).clamp(min=1e-30)
+    return (first + weight * shared * second) / (1 + weight * shared.square()), shared
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from secateur.methods.base import Method, Study, keep_best
 from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
 
+_CHEAP_UNTYING = 0.01  # of all parameters
 _ROUNDING = 8  # the published code floors the width to a multiple of it
 
 
@@ -40,6 +41,11 @@ class SliceGpt(Method):
         "pca",
         description="directions that survive: principal ones, random ones, or plain dimensions (keeps a tied head)",
     )
+    tie: Literal["auto", "keep", "untie"] = Field(
+        "auto",
+        description="a tied head: untie it (exact), or keep one table for both by least squares (ours, saves a head); "
+        "auto keeps it where untying adds more than 1 % of the parameters",
+    )
     orientation: Literal["pca", "random"] = Field(
         "pca", description="orientation inside the surviving subspace; random spreads energy, the function is the same"
     )
@@ -51,8 +57,17 @@ class SliceGpt(Method):
     def _selects(self, budget: Budget) -> bool:
         return self.basis == "subset" and budget.architecture.family.norm == "rms"
 
+    def _keeps_tie(self, budget: Budget) -> bool:
+        """Whether one table goes on serving as embedding and head."""
+        if not budget.sizes.tied or budget.architecture.family.norm == "layer":
+            return False
+        if self.tie == "auto" and self.basis != "subset":
+            dense = budget.costs.params(budget.sizes)
+            return budget.costs.params(budget.sizes.untied()) > (1 + _CHEAP_UNTYING) * dense
+        return self.tie != "untie"
+
     def sizes(self, budget: Budget) -> Sizes:
-        base = budget.sizes if self._selects(budget) else budget.sizes.untied()
+        base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
         if self.sparsity is None:
             return budget.solve("residual", base)
         width = int((1 - self.sparsity) * budget.sizes.residual)
