@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
-=======
 import torch
->>>>>>> b72f91f (Tests: lint; trained models compared at equal width and equal parameters)
 
 import secateur
 from secateur.checkpoints import Checkpoint

@@ -116,13 +116,7 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-<<<<<<< HEAD
-def straight(
-    checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[dict[str, str], int]]:
-=======
 def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
->>>>>>> b72f91f (Tests: lint; trained models compared at equal width and equal parameters)
     """Bytes of undisturbed runs, and how often the clock ticks in one."""
     found = {}
     for name, request in requests(notes).items():
@@ -169,11 +163,7 @@ def test_torn_journal(
     point: str,
     checkpoint: Checkpoints,
     notes: Path,
-<<<<<<< HEAD
-    straight: dict[str, tuple[dict[str, str], int]],
-=======
     straight: Straight,
->>>>>>> b72f91f (Tests: lint; trained models compared at equal width and equal parameters)
     data: st.DataObject,
 ) -> None:
     """A journal that ends anywhere, in the middle of a line too."""
