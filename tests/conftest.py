@@ -22,7 +22,7 @@ Checkpoints = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Tiny checkpoints, made once: ``checkpoint("llama")``, ``checkpoint("gpt2-bare")``, ``checkpoint("opt", torch.float64)``."""
+    """Tiny checkpoints, made once: ``checkpoint("gpt2-bare")``, ``checkpoint("opt", torch.float64)``."""
     made: dict[tuple[str, torch.dtype], Path] = {}
 
     def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:

@@ -78,7 +78,7 @@ def project_stream(model: Any, where: Where, basis: Tensor) -> None:
     """Project the residual stream onto the columns of ``basis`` after every writer."""
     projector = basis @ basis.t()
 
-    def project(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def project(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (output[0] @ projector.to(output[0]), *output[1:])
         return output @ projector.to(output)
@@ -94,12 +94,12 @@ def _others(kept: Tensor, size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept.tolist()))
 
 
-def _identity(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
 def _zero_inputs(module: nn.Module, gone: list[int]) -> None:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         signal = inputs[0].clone()
         signal[..., gone] = 0
         return (signal, *inputs[1:])

@@ -46,14 +46,14 @@ def document(cells: Sequence[grid.Cell], texts: Sequence[str], seconds: float) -
     failed = sum(text == "FAILED" for text in texts)
     parts = [
         "# The grid",
-        f"Every method x every family x its options on tiny random float64 models: {len(cells)} cells, {failed} failed, "
-        f"{seconds:.0f} s. Written by `make grid` (secateur {secateur.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}).",
-        "A cell is `ok` when the written model computes what the dense one computes with the removed units silenced by "
-        f"hooks (to {grid.SELECTION:g} with float64 norms, to {grid.ROTATION:g} with the stock ones), plain transformers "
-        "loads it with no key missing or left over, the parameters reported are those of the file and of the loaded model, "
-        "every hash in `secateur.json` is that of its tensor, a second run gives the same bytes, and the input is untouched. "
-        "`refused` cells end with exit code 2, this reason and nothing left behind.",
+        f"Every method x every family x its options on tiny random float64 models: {len(cells)} cells, "
+        f"{failed} failed, {seconds:.0f} s. Written by `make grid` (secateur {secateur.__version__}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}).",
+        "A cell is `ok` when the written model computes what the dense one computes with the removed units silenced "
+        f"by hooks (to {grid.SELECTION:g} with float64 norms, to {grid.ROTATION:g} with the stock ones), plain "
+        "transformers loads it with no key missing or left over, the parameters reported are those of the file and of "
+        "the loaded model, every hash in `secateur.json` is that of its tensor, a second run gives the same bytes, and "
+        "the input is untouched. `refused` cells end with exit code 2, this reason and nothing left behind.",
         table(["method, options", *models.ALL], body),
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
     ]

@@ -275,7 +275,7 @@ def test_no_output_named(checkpoint: Checkpoints, capsys: pytest.CaptureFixture[
 def test_failure_of_ours_is_exit_1(
     checkpoint: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("the disk is on fire")
 
     monkeypatch.setattr("secateur.engine.run.verify_output", fail)
@@ -290,7 +290,7 @@ def test_failure_of_ours_is_exit_1(
 def test_interrupt_is_exit_130(
     checkpoint: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("secateur.engine.run.verify_output", interrupt)
@@ -319,7 +319,8 @@ def test_json_of_every_command(
     result = json.loads(shown)
     assert code == 0
     assert set(result) == {
-        "method", "requested", "achieved", "perplexity", "seconds", "peak_rss_bytes", "output", "layout", "loads_in", "seed",
+        "method", "requested", "achieved", "perplexity", "seconds", "peak_rss_bytes", "output", "layout",
+        "loads_in", "seed",
     }  # fmt: skip
     measures = ("params", "bytes", "flops_per_token", "kv_bytes_per_token")
     assert set(result["achieved"]) == {*measures, *(f"{key}_before" for key in measures)}

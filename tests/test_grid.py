@@ -127,3 +127,15 @@ def test_unknown_tensors_pass_through(checkpoint: Checkpoints, tmp_path: Path) -
         buffers = [key for key in found if key.endswith(".attn.bias")]
         assert len(buffers) == (3 if kind == "ffn" else 2)
         assert all(torch.equal(found[key], source[key]) for key in buffers)
+
+
+def test_a_policy_is_used_again(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """What was learned lies apart from the weights and serves another ratio, and the same one with the same result."""
+    first, same, other = (tmp_path / name for name in ("first", "same", "other"))
+    secateur.prune(checkpoint(), method="prunenet", ratio=0.15, output=first)
+    assert [p.name for p in first.glob("*.safetensors")] == ["model.safetensors"]
+    learned = {"policy": str(first / "learned" / "prunenet-policy.safetensors")}
+    secateur.prune(checkpoint(), method="prunenet", ratio=0.15, options=learned, output=same)
+    result = secateur.prune(checkpoint(), method="prunenet", ratio=0.25, options=learned, output=other)
+    grid.check_counts(result, other)
+    assert (same / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()

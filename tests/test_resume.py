@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import secateur
 from conftest import Checkpoints
 from secateur.api import pruning
 from secateur.checkpoints.writer import TensorWriter
+from secateur.cli import main
 from secateur.engine import run as run_module
 from secateur.engine import sweeps
 from secateur.engine.journal import Journal, locked, work_folder
@@ -35,6 +36,10 @@ from secateur.errors import RequestError
 from secateur.plans import Plan
 
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a run is too slow to search for a smaller example
+
+
+Straight = dict[str, tuple[dict[str, str], int]]
+"""Hashes of the files of undisturbed runs and ticks of the clock, by request."""
 
 
 class Killed(BaseException):
@@ -111,9 +116,7 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def straight(
-    checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[dict[str, str], int]]:
+def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
     """Bytes of undisturbed runs, and how often the clock ticks in one."""
     found = {}
     for name, request in requests(notes).items():
@@ -132,7 +135,7 @@ def test_killed_at_random_points(
     name: str,
     checkpoint: Checkpoints,
     notes: Path,
-    straight: dict[str, tuple[dict[str, str], int]],
+    straight: Straight,
     data: st.DataObject,
 ) -> None:
     """One or two kills, one after the other, then a run to the end."""
@@ -144,11 +147,8 @@ def test_killed_at_random_points(
         for kill in kills:
             if out.exists():
                 break
-            with clocked(Clock(kill)):
-                try:
-                    secateur.prune(checkpoint("sharded"), output=out, **request)
-                except Killed:
-                    pass
+            with clocked(Clock(kill)), suppress(Killed):
+                secateur.prune(checkpoint("sharded"), output=out, **request)
         if out.exists():  # published: complete, whatever of the work folder is left
             assert grid.hashes(out, grid.REPORT) == wanted
         secateur.prune(checkpoint("sharded"), output=out, force=True, **request)
@@ -163,7 +163,7 @@ def test_torn_journal(
     point: str,
     checkpoint: Checkpoints,
     notes: Path,
-    straight: dict[str, tuple[dict[str, str], int]],
+    straight: Straight,
     data: st.DataObject,
 ) -> None:
     """A journal that ends anywhere, in the middle of a line too."""
@@ -186,7 +186,7 @@ def _interrupt(model: Path, out: Path, request: dict[str, Any], point: str = "ve
 
 
 def test_what_was_written_is_not_believed_blindly(
-    checkpoint: Checkpoints, notes: Path, straight: dict[str, tuple[dict[str, str], int]], tmp_path: Path
+    checkpoint: Checkpoints, notes: Path, straight: Straight, tmp_path: Path
 ) -> None:
     """Bytes lost between two runs are written again, and checked again."""
     request = requests(notes)["magnitude"]
@@ -269,9 +269,7 @@ main(sys.argv[2:])
 
 
 @pytest.mark.parametrize("moment", [2, 6, 9])
-def test_sigkill(
-    moment: int, checkpoint: Checkpoints, notes: Path, straight: dict[str, tuple[dict[str, str], int]], tmp_path: Path
-) -> None:
+def test_sigkill(moment: int, checkpoint: Checkpoints, notes: Path, straight: Straight, tmp_path: Path) -> None:
     """A process that dies by SIGKILL: no output, and the same command finishes the work."""
     out = tmp_path / "out"
     words = ["prune", str(checkpoint("sharded")), "-o", str(out), "--method", "slicegpt", "--ratio", "0.15",
@@ -281,8 +279,6 @@ def test_sigkill(
     assert not out.exists()
     assert work_folder(out).is_dir()
     with pytest.raises(SystemExit) as caught:
-        from secateur.cli import main
-
         main(words)
     assert caught.value.code == 0
     assert grid.hashes(out, grid.REPORT) == straight["slicegpt"][0]

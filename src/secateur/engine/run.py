@@ -29,6 +29,7 @@ from secateur.spaces import BlockView
 from secateur.version import __version__
 
 RECORD: Final = "secateur.json"
+LEARNED: Final = "learned"
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
 
 
@@ -154,7 +155,8 @@ class Run:
         digests = cut_sweep(self.checkpoint, plan, layout, writer, self.journal, self.progress, self.prepared.device)
         left_behind = self._copy_companions(target)
         for name, artifact in plan.artifacts.items():
-            artifact.save(self.result, name)
+            (self.result / LEARNED).mkdir(exist_ok=True)  # apart: runtimes take every *.safetensors beside the weights
+            artifact.save(self.result / LEARNED, name)
         if not self.journal.newer("verified", than="cut"):
             self.progress.start("verify", 1)
             version = verify_output(self.checkpoint, plan, self.result, writer, digests)
