@@ -22,6 +22,7 @@ from common import (
     parser,
     record,
     secateur,
+    weight_bytes,
     work_folder,
     write_checkpoint,
 )
@@ -62,15 +63,18 @@ def main() -> None:
     """Copy, prune, copy: the mean of the two copies is the yardstick."""
     options = parser(__doc__ or "")
     options.add_argument("--episodes", type=int, default=20, help="episodes of PruneNet; 0 leaves it out")
+    options.add_argument("--model", type=Path, default=None, help="a folder of this shape, instead of making one")
     arguments = options.parse_args()
     small = arguments.small
     hidden, layers, heads, ffn, vocab = (64, 4, 4, 160, 512) if small else (4096, 32, 32, 11008, 32000)
     where = conditions()
     with work_folder(arguments.work, 40 * GIB if not small else 0) as work:
-        model = work / "model"
+        model = work / "model" if arguments.model is None else arguments.model.resolve()
         config = llama_config(hidden, layers, heads, ffn, vocab, 4096, "bfloat16")
         started = time.perf_counter()
-        size = write_checkpoint(model, config, shard_bytes=100_000 if small else GIB)
+        if arguments.model is None:
+            write_checkpoint(model, config, shard_bytes=100_000 if small else GIB)
+        size = weight_bytes(model)
         made = time.perf_counter() - started
         loads = [load()]
         first, first_synced = copy_seconds(model, work / "copy")
@@ -84,6 +88,7 @@ def main() -> None:
         plain, durable = run.seconds / copying, run_synced / copying_synced
         figures: dict[str, Any] = {
             "prune_s": round(run.seconds, 1),
+            "prune_cpu_s": run.cpu_seconds,
             "prune_with_sync_s": round(run_synced, 1),
             "copies_s": [round(first, 1), round(second, 1)],
             "copies_with_sync_s": [round(first_synced, 1), round(second_synced, 1)],

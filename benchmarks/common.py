@@ -249,12 +249,14 @@ class Measured:
 
     Attributes:
         seconds: wall time from start to exit.
+        cpu_seconds: processor time, user and system.
         peak_anonymous: largest anonymous resident memory seen from outside, sampled every 10 ms; None without /proc.
         phases: seconds per phase, as its progress lines tell.
     """
 
     output: str
     seconds: float
+    cpu_seconds: float
     peak_anonymous: int | None
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -278,6 +280,7 @@ def anonymous_bytes(pid: int) -> int | None:
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
     """Run a command, watch its memory, pass its standard error on; a failure ends the benchmark."""
     marks: list[tuple[float, str]] = []
+    spent = _own_seconds()
     started = time.perf_counter()
     process = subprocess.Popen(
         list(command),
@@ -312,7 +315,9 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         helper.join()
     if code != 0:
         sys.exit(f"{' '.join(command)} ended with {code}: {output[-2000:]}")
-    return Measured(output, seconds, peak[0] or None, _phases(started, marks, seconds))
+    return Measured(
+        output, seconds, round(_own_seconds() - spent, 1), peak[0] or None, _phases(started, marks, seconds)
+    )
 
 
 def _phases(started: float, marks: list[tuple[float, str]], seconds: float) -> dict[str, float]:

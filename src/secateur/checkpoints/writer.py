@@ -1,7 +1,7 @@
 """Write safetensors files of known headers one tensor at a time, in any order.
 
 The headers are computed before the first tensor, the files preallocated, and every tensor lands at its place: memory
-never holds more than one tensor, and a run that was cut off goes on in the same files.
+never holds more than two of them, and a run that was cut off goes on in the same files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ from secateur.checkpoints.folder import DTYPES, INDEX, TensorHeader
 from secateur.errors import InternalError
 
 _CHUNK: Final = 2**24  # bytes
+_HANDS: Final = 2  # tensors written or hashed at a time: one waits for the disk while the other is hashed
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,17 @@ class TensorWriter:
         finally:
             os.close(descriptor)
         return sha.hexdigest()
+
+    def write_all(self, tensors: Mapping[str, Callable[[], Tensor]]) -> dict[str, str]:
+        """Make and put in place several tensors; returns the SHA-256 of each."""
+        with ThreadPoolExecutor(_HANDS) as pool:
+            digests = pool.map(lambda item: self.write(item[0], item[1]()), tensors.items())
+            return dict(zip(tensors, digests, strict=True))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what the files hold, of every tensor."""
+        with ThreadPoolExecutor(_HANDS) as pool:
+            return dict(zip(self.names, pool.map(self.digest, self.names), strict=True))
 
     def digest(self, name: str) -> str:
         """SHA-256 of what the file holds in a tensor's place."""

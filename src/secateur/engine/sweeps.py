@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -200,7 +201,7 @@ def cut_sweep(
         if not all(piece.header.name in intact for piece in pieces):
             dense = {name: tensor.to(device) for name, tensor in checkpoint.read(place).items()}
             tensors = cut_place(checkpoint.architecture, place, dense, plan)
-            written = {p.header.name: writer.write(p.header.name, p.packed.pack(tensors)) for p in pieces}
+            written = writer.write_all({p.header.name: partial(p.packed.pack, tensors) for p in pieces})
             digests.update(written)
             journal.add("cut", place=place, tensors=written)
         progress.step(number)

@@ -35,8 +35,8 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
     """
     import transformers
 
-    for name in writer.names:
-        if writer.digest(name) != digests.get(name):
+    for name, digest in writer.digests().items():
+        if digest != digests.get(name):
             raise InternalError("reload-check", f"hash of {name}", "the file does not hold what was written")
     written = Checkpoint(Folder(folder))
     if written.problems:

@@ -68,7 +68,6 @@ class Method(BaseModel):
         name, title, paper: identity and source.
         data: whether calibration text is needed.
         evidence: statistics the engine gathers for ``score``: ``stream`` is the Gram of every norm's input.
-        roles: roles whose tensors ``score`` reads; None for all, empty for none.
         output: what kind of result it writes.
         ours: set where the method or a variant is Secateur's own.
     """
@@ -80,7 +79,6 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     data: ClassVar[Literal["none", "text"]] = "none"
     evidence: ClassVar[frozenset[str]] = frozenset()
-    roles: ClassVar[tuple[str, ...] | None] = ()
     output: ClassVar[Output] = "dense"
 
     sparsity: Fraction | None = Field(
@@ -91,6 +89,11 @@ class Method(BaseModel):
     def cuts(self) -> Kind:
         """Kind of the units that go."""
         return "ffn"
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """Roles whose tensors ``score`` reads; None for all, empty for none."""
+        return ()
 
     def files(self) -> dict[str, str]:
         """Artifacts of earlier runs that the options name: paths by name, loaded by the engine."""

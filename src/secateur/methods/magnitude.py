@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.families.roles import MATRICES
+from secateur.families.sizes import UNIT_OF_AXIS
 from secateur.methods.base import Study
 from secateur.methods.selection import Selection
 from secateur.scores.norms import squares_along, unit_energy
@@ -21,13 +23,19 @@ class Magnitude(Selection):
     name = "magnitude"
     title = "Magnitude of the coupled weights"
     paper = "arXiv:2305.11627"
-    roles = None
 
     of: Literal["group", "first", "reader"] = Field(
         "group",
         description="weights that count: all that go with the unit, those of the first matrix that writes it "
         "(row norm of gate_proj), or those that read it (FLAP's mag_sp)",
     )
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """The matrices that a unit runs through; all where it runs through all."""
+        if self.cuts in ("residual", "blocks"):
+            return None
+        return tuple(role for role, axes in MATRICES.items() if self.cuts in map(UNIT_OF_AXIS.get, axes))
 
     def _counts(self, member: Member) -> bool:
         if self.of == "reader":
