@@ -28,10 +28,10 @@ def swap_precise_parts(model: Any) -> Any:
 
 class _Rms:
     def __init__(self, module: nn.Module) -> None:
-        self.weight, self.eps = module.weight, module.variance_epsilon
+        self.module, self.eps = module, module.variance_epsilon
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.eps)
+        return self.module.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.eps)
 
 
 class _Router:
@@ -70,6 +70,8 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
         else:
             raise AssertionError(f"the oracle does not know the space {name}")
     if plan.basis is not None:
+        if plan.after.tied:
+            share_table(model, where, plan.basis)
         project_stream(model, where, plan.basis)
     return model
 
@@ -88,6 +90,28 @@ def project_stream(model: Any, where: Where, basis: Tensor) -> None:
     for block in model.get_submodule(where.blocks):
         block.get_submodule(where.attention_out).register_forward_hook(project)
         block.get_submodule(where.ffn_out).register_forward_hook(project)
+
+
+@torch.no_grad()
+def share_table(model: Any, where: Where, basis: Tensor) -> None:
+    """Give a dense model with a tied head what one table T and gains h can say of both, by plain least squares.
+
+    With the embedding A = E Q and the head B = E diag(g) Q, h fits A diag(h) = B column by column, and T fits T = A
+    and T diag(h) = B, each equation divided by the norm of its right side.
+    """
+    table, norm = model.get_submodule(where.tables[0]), model.model.norm
+    first, second = table.weight @ basis, (table.weight * norm.weight) @ basis
+    columns = range(basis.shape[1])
+    gains = torch.stack([torch.linalg.lstsq(first[:, [j]], second[:, j]).solution[0] for j in columns])
+    weights = torch.stack([1 / first.norm(), 1 / second.norm()])
+    shared = torch.empty_like(first)
+    for j in columns:
+        left = weights[:, None] * torch.stack([torch.ones(()).to(gains), gains[j]])[:, None]
+        right = weights[:, None] * torch.stack([first[:, j], second[:, j]])
+        shared[:, j] = torch.linalg.lstsq(left, right).solution[0]
+    model.lm_head.weight = nn.Parameter((shared * gains) @ basis.t())
+    table.weight = nn.Parameter(shared @ basis.t())
+    norm.weight.fill_(1)
 
 
 def _others(kept: Tensor, size: int) -> list[int]:

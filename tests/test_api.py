@@ -76,16 +76,21 @@ def test_preview_foresees_prune(name: str, kind: str, checkpoint: Checkpoints, t
     assert seen["achieved"]["bytes"] == pytest.approx(result.achieved["bytes"], rel=0.01)
 
 
-def test_preview_states_the_surcharge_of_untying(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
-    request = {"method": "slicegpt", "ratio": 0.2}
-    seen = secateur.preview(checkpoint("llama-tied"), **request)
-    assert seen["untied"] == 48 * models.VOCABULARY
-    result = secateur.prune(
-        checkpoint("llama-tied"), data=notes, samples=4, length=16, output=tmp_path / "out", **request
-    )
+@pytest.mark.parametrize(
+    ("options", "untied"),
+    [({"tie": "untie"}, True), ({"tie": "keep"}, False), ({"basis": "subset"}, False), ({}, False)],
+)
+def test_preview_states_the_surcharge_of_untying(
+    options: dict[str, str], untied: bool, checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    model = checkpoint("llama-tied")
+    request = {"method": "slicegpt", "ratio": 0.2, "options": options}
+    seen = secateur.preview(model, **request)
+    assert seen["untied"] == (48 * models.VOCABULARY if untied else 0)
+    assert seen["kept_tied"] == (0 if untied else 48 * models.VOCABULARY)
+    result = secateur.prune(model, data=notes, samples=4, length=16, output=tmp_path / "out", **request)
     assert seen["achieved"]["params"] == result.achieved["params"]
-    kept = secateur.preview(checkpoint("llama-tied"), **request, options={"basis": "subset"})
-    assert kept["untied"] == 0
+    assert models.config(tmp_path / "out")["tie_word_embeddings"] is not untied
 
 
 def test_preview_lists_every_problem_at_once(tmp_path: Path) -> None:
