@@ -45,7 +45,7 @@ _SPACES = tuple({"spaces": kind} for kind in SPACES)
 METHODS: dict[str, Row] = {
     "random": Row(_SPACES),
     "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
-    "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "untie"}, {"basis": "random"}, {"orientation": "random"})),
+    "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
 }
 RATIOS = {"kv": 0.08, "blocks": 0.2}
@@ -93,8 +93,8 @@ def ci_cells() -> list[Cell]:
     }
     deep = {Cell(f, "magnitude", _Frozen(o)) for f in models.ALL for o in _SPACES}
     rotated = {Cell(f, "slicegpt", _Frozen(o)) for f in models.ALL for o in ({}, {"basis": "subset"})}
-    exact = {Cell(f, "slicegpt", _Frozen({"tie": "untie"})) for f in ("llama-tied", "qwen2-full")}
-    return sorted(wide | deep | rotated | exact, key=str)
+    shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
+    return sorted(wide | deep | rotated | shared, key=str)
 
 
 def full_cells() -> list[Cell]:

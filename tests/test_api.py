@@ -78,7 +78,7 @@ def test_preview_foresees_prune(name: str, kind: str, checkpoint: Checkpoints, t
 
 @pytest.mark.parametrize(
     ("options", "untied"),
-    [({"tie": "untie"}, True), ({"tie": "keep"}, False), ({"basis": "subset"}, False), ({}, False)],
+    [({"tie": "untie"}, True), ({"tie": "keep"}, False), ({"basis": "subset"}, False), ({}, True)],
 )
 def test_preview_states_the_surcharge_of_untying(
     options: dict[str, str], untied: bool, checkpoint: Checkpoints, notes: Path, tmp_path: Path

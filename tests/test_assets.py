@@ -55,14 +55,19 @@ def stories(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Stories:
 @pytest.mark.parametrize("width", REFERENCE)
 def test_slicegpt_meets_the_reference(width: int, stories: Stories) -> None:
     """Within a few per cent, or better, at equal size: the reference has a head of its own."""
-    _, found = stories("slicegpt", options={"sparsity": 1 - (width + 0.5) / 64, "tie": "untie"})
+    _, found = stories(
+        "slicegpt",
+        options={
+            "sparsity": 1 - (width + 0.5) / 64,
+        },
+    )
     assert found < 1.05 * REFERENCE[width]
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_slicegpt_against_plain_slicing_of_a_tied_model(ratio: float, stories: Stories) -> None:
     """At no more parameters, the head tied in all of them."""
-    size, sliced = stories("slicegpt", ratio=ratio)
+    size, sliced = stories("slicegpt", ratio=ratio, options={"tie": "keep"})
     others = [stories("magnitude", ratio=ratio, options={"spaces": "residual"})]
     others += [stories("random", ratio=ratio, options={"spaces": "residual"})]
     assert all(size <= other for other, _ in others)
@@ -84,6 +89,23 @@ def test_slicegpt_is_far_better_at_equal_parameters(ratio: float, assets: Path, 
     assert len({size for size, _ in found.values()}) == 1
     assert found["slicegpt"][1] < 0.85 * min(found["magnitude"][1], found["random"][1]), found
     assert found["slicegpt"][1] < 1.15 * DOCS[ratio]  # another part of the text, fewer windows
+
+
+@pytest.mark.parametrize("width", REFERENCE)
+def test_slicegpt_is_far_better_at_equal_width(width: int, stories: Stories) -> None:
+    """The exact form, a head of its own included."""
+    knob = {"sparsity": 1 - (width + 0.5) / 64}
+    _, sliced = stories("slicegpt", options=knob)
+    others = [stories(method, options={"spaces": "residual", **knob})[1] for method in ("magnitude", "random")]
+    assert all(sliced < 0.75 * other for other in others), (sliced, others)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_prunenet_is_better_than_random_over_three_seeds(ratio: float, stories: Stories) -> None:
+    learned = [stories("prunenet", ratio=ratio, seed=seed) for seed in SEEDS]
+    drawn = [stories("random", ratio=ratio, seed=seed) for seed in SEEDS]
+    assert len({size for size, _ in learned + drawn}) == 1
+    assert sum(value for _, value in learned) < sum(value for _, value in drawn)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

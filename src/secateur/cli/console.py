@@ -117,6 +117,7 @@ def show_preview(result: dict[str, Any]) -> None:
             _out.print(
                 f"the head must be untied from the embedding: {result['untied']:,} parameters more, counted above"
             )
+            _out.print("(--set tie=keep, where the method has it, keeps one table by least squares instead)")
         if result["kept_tied"]:
             _out.print(f"the head stays tied to the embedding; untying it would add {result['kept_tied']:,} parameters")
         if result["needs_data"]:

@@ -20,7 +20,6 @@ from secateur.methods.base import Method, Study, keep_best
 from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
 
-_CHEAP_UNTYING = 0.01  # of all parameters
 _ROUNDING = 8  # the published code floors the width to a multiple of it
 
 
@@ -41,10 +40,9 @@ class SliceGpt(Method):
         "pca",
         description="directions that survive: principal ones, random ones, or plain dimensions (keeps a tied head)",
     )
-    tie: Literal["auto", "keep", "untie"] = Field(
-        "auto",
-        description="a tied head: untie it (exact), or keep one table for both by least squares (ours, saves a head); "
-        "auto keeps it where untying adds more than 1 % of the parameters",
+    tie: Literal["untie", "keep"] = Field(
+        "untie",
+        description="a tied head: give it a table of its own (exact), or keep one for both by least squares (ours)",
     )
     orientation: Literal["pca", "random"] = Field(
         "pca", description="orientation inside the surviving subspace; random spreads energy, the function is the same"
@@ -61,10 +59,7 @@ class SliceGpt(Method):
         """Whether one table goes on serving as embedding and head."""
         if not budget.sizes.tied or budget.architecture.family.norm == "layer":
             return False
-        if self.tie == "auto" and self.basis != "subset":
-            dense = budget.costs.params(budget.sizes)
-            return budget.costs.params(budget.sizes.untied()) > (1 + _CHEAP_UNTYING) * dense
-        return self.tie != "untie"
+        return self.tie == "keep" or self.basis == "subset"
 
     def sizes(self, budget: Budget) -> Sizes:
         base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
