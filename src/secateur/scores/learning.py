@@ -9,7 +9,8 @@ express what the reward measures. Every draw comes from the generator that is pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
@@ -20,6 +21,7 @@ from secateur.scores.spectrum import Spectrum, ks_distance
 Loader = Callable[[], Tensor]
 Callback = Callable[[int, int, float, float], None]
 _DAMPING = 0.1  # of the mean feature variance, added to the Fisher matrix
+_SMALL = 512  # columns up to which one thread computes eigenvalues
 _PERFECT = 99999.0  # the published reward of a distance of exactly 0
 
 
@@ -33,9 +35,11 @@ class _Layers:
         self.features: dict[int, Tensor] = {}
         self.state: dict[str, Tensor] = {}  # what the policy needs besides what it learns
         first = loaders[0]()
+        self.dimensions = first.shape[1]
         if options.mode != "paper" and options.sketch is not None and first.shape[1] > options.sketch:
             gauss = torch.randn(first.shape[1], options.sketch, generator=generator, device=generator.device)
             self.state["basis"] = torch.linalg.qr(gauss).Q.to(first.device)
+            self.dimensions = options.sketch
 
     def __len__(self) -> int:
         return len(self.loaders)
@@ -77,7 +81,21 @@ def train(
     ``callback(episode, episodes, mean reward, mean KS)`` is called after each episode.
     """
     learn = _train_paper if options.mode == "paper" else _train_advantage
-    return learn(_Layers(layers, options, generator), keep_fraction, generator, callback or (lambda *_: None))
+    prepared = _Layers(layers, options, generator)
+    with _few_threads(prepared.dimensions):
+        return learn(prepared, keep_fraction, generator, callback or (lambda *_: None))
+
+
+@contextmanager
+def _few_threads(dimensions: int) -> Iterator[None]:
+    """One thread for small eigenvalue problems: more only wait for each other, endlessly so on a busy machine."""
+    threads = torch.get_num_threads()
+    if dimensions <= _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train_paper(layers: _Layers, keep: float, generator: Generator, callback: Callback) -> Policy:
