@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,13 +79,12 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def _request(**values: Any) -> dict[str, Any]:
-    """Keyword arguments of the API from those of the command line."""
-    values["options"] = _options(values.pop("set"))
-    values["target"] = tuple(values["target"] or ())
-    values["trust_remote_code"] = values["trust_remote_code"] or None
-    values["force"] = values["force"] or None
-    return {key: value for key, value in values.items() if value is not None}
+def _request(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the API from those of the command line; what was not given is left out."""
+    given = {key: value for key, value in values.items() if key not in ("model", "as_json", "set_")}
+    given["options"] = _options(values["set_"])
+    given["target"] = tuple(values["target"] or ())
+    return {key: value for key, value in given.items() if value is not None and value is not False}
 
 
 @app.command()
@@ -113,12 +113,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Prune MODEL and write a checkpoint that plain transformers loads."""
-    values = _request(
-        output=output, method=method, ratio=ratio, target=target, data=data, samples=samples, length=length,
-        text_field=text_field, set=set_, layout=layout, text=text, context=context, quantum=quantum,
-        tolerance=tolerance, device=device, dtype=dtype, seed=seed, recipe=recipe,
-        trust_remote_code=trust_remote_code, force=force,
-    )  # fmt: skip
+    values = _request(locals())
     from secateur import api
     from secateur.cli.console import ConsoleProgress, show_prune
 
@@ -127,38 +122,18 @@ def prune(
     _show(result.as_dict(), as_json, show_prune)
 
 
+def _with_options_of_prune(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the arguments of ``prune``."""
+    command.__signature__ = signature(prune, eval_str=True)  # type: ignore[attr-defined]
+    command.__annotations__ = dict(prune.__annotations__)
+    return command
+
+
 @app.command()
-def preview(
-    model: ModelArg,
-    output: OutputOption = None,
-    method: MethodOption = None,
-    ratio: RatioOption = None,
-    target: TargetOption = None,
-    data: DataOption = None,
-    samples: SamplesOption = None,
-    length: LengthOption = None,
-    text_field: FieldOption = None,
-    set_: SetOption = None,
-    layout: LayoutOption = None,
-    text: TextOption = None,
-    context: ContextOption = None,
-    quantum: QuantumOption = None,
-    tolerance: ToleranceOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    seed: SeedOption = None,
-    recipe: RecipeOption = None,
-    trust_remote_code: RemoteOption = False,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@_with_options_of_prune
+def preview(model: str, as_json: bool, **values: Any) -> None:
     """Show what prune would do, from headers only, and every problem at once."""
-    values = _request(
-        output=output, method=method, ratio=ratio, target=target, data=data, samples=samples, length=length,
-        text_field=text_field, set=set_, layout=layout, text=text, context=context, quantum=quantum,
-        tolerance=tolerance, device=device, dtype=dtype, seed=seed, recipe=recipe,
-        trust_remote_code=trust_remote_code, force=force,
-    )  # fmt: skip
+    values = _request(values)
     from secateur import api
     from secateur.cli.console import show_preview
 
