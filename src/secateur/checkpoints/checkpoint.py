@@ -6,7 +6,7 @@ renamed on disk, experts that lie one by one on disk and stacked in the module, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -177,8 +177,3 @@ def require_finite(name: str, tensor: Tensor) -> None:
             f"{bad} of its {tensor.numel()} values are NaN or infinite",
             "the checkpoint is damaged or its training diverged",
         )
-
-
-def to_module_tensors(packed: Iterable[Packed], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the stock modules' names, of canonical ones."""
-    return {p.name: p.pack(tensors) for p in packed}

@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint, Folder, TensorWriter
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.prepare import context_of
 from secateur.errors import InternalError
 from secateur.families.stock import quiet_transformers, typed
 from secateur.plans import Plan
@@ -50,7 +51,7 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
     runner = BlockRunner(written.architecture, dtype, torch.device("cpu"))
     runner.load(None, written.read(None))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, _positions(written))), generator=generator)
+    ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, context_of(written))), generator=generator)
     _, calls = runner.capture(ids)
     runner.unload(None)  # of a large model, never more than the stem or one block is held
     hidden = torch.randn(1, ids.shape[1], plan.after.residual, generator=generator).to(dtype)
@@ -63,10 +64,6 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
     if written.folder.bytes <= WHOLE_MODEL:
         _check_whole(written, runner, ids, dtype)
     return str(transformers.__version__)
-
-
-def _positions(checkpoint: Checkpoint) -> int:
-    return int(getattr(checkpoint.architecture.config, "max_position_embeddings", _TOKENS))
 
 
 def _probe_type(checkpoint: Checkpoint) -> torch.dtype:
