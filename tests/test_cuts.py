@@ -13,7 +13,6 @@ import masking
 import models
 from conftest import Checkpoints
 from secateur.checkpoints import Checkpoint, Folder
-from secateur.checkpoints.checkpoint import to_module_tensors
 from secateur.cuts import cut_place
 from secateur.cuts.stream import StreamBasis, hyperplane
 from secateur.plans import Plan
@@ -43,7 +42,7 @@ def test_layer_norm_stream_is_exact_at_full_width(family: str, directions: str, 
     state: dict[str, Tensor] = {}
     for place in source.architecture.places:
         tensors = cut_place(source.architecture, place, source.read(place), plan)
-        state.update(to_module_tensors(target.packed_of(place), tensors))
+        state.update({packed.name: packed.pack(tensors) for packed in target.packed_of(place)})
     cut = models.stock(family, torch.float64, tie_word_embeddings=False)
     cut.load_state_dict(state, strict=True)
     dense = models.load(folder, dtype=torch.float64)
