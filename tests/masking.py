@@ -63,16 +63,16 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
             else:
                 _zero_expert(blocks[int(parts[1])].get_submodule(where.experts), int(parts[3]), gone)
         elif parts[-1] == "kv":
-            width = plan.before.head * plan.before.heads_per_kv
+            width = plan.before.head * plan.before.blocks[0].group
             gone = _others(kept, plan.before.blocks[0].kv)
             positions = [group * width + i for group in gone for i in range(width)]
             _zero_inputs(blocks[int(parts[1])].get_submodule(where.attention_out), positions)
         else:
             raise AssertionError(f"the oracle does not know the space {name}")
-    if plan.basis is not None:
+    if plan.bases:
         if plan.after.tied:
-            share_table(model, where, plan.basis)
-        project_stream(model, where, plan.basis)
+            share_table(model, where, plan.bases["residual"])
+        project_stream(model, where, plan.bases["residual"])
     return model
 
 

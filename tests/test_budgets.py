@@ -13,7 +13,8 @@ from transformers import AutoConfig
 import models
 from secateur.budgets import Budget, Costs, Target, parse_target, ratio_target
 from secateur.errors import RequestError
-from secateur.families import Architecture
+from secateur.families import Architecture, resized
+from secateur.families.limits import problems, refusals
 from secateur.families.stock import meta_model
 
 
@@ -107,8 +108,8 @@ def test_params_are_those_of_the_stock_model(
         sizes = sizes.resized(kind, data.draw(st.integers(1, present), label=kind))
     if data.draw(st.booleans(), label="untie"):
         sizes = sizes.untied()
-    assume(not made.problems(sizes, 4))
-    smaller = made.resized(sizes, range(len(sizes.blocks)))
+    assume(not problems(made, sizes, 4))
+    smaller = resized(made, sizes, range(len(sizes.blocks)))
     assert smaller.sizes == sizes
     assert costs.params(sizes) == stock_params(smaller)
     assert costs.bytes(sizes) == 4 * stock_params(smaller)
@@ -134,7 +135,7 @@ def test_params_of_layer_norm_families(family: str, heads: int, blocks: int, dat
     assert costs.params(sizes) == stock_params(made)
     sizes = sizes.resized("ffn", data.draw(st.integers(1, sizes.uniform("ffn") or 1)))
     sizes = sizes.resized("blocks", data.draw(st.integers(1, blocks)))
-    assert costs.params(sizes) == stock_params(made.resized(sizes, range(len(sizes.blocks))))
+    assert costs.params(sizes) == stock_params(resized(made, sizes, range(len(sizes.blocks))))
 
 
 def test_flops_and_cache_by_hand() -> None:
@@ -166,7 +167,7 @@ def test_solver_against_brute_force(
     cost = getattr(costs, measure)
     present = made.sizes.uniform(kind)
     assert present is not None
-    if made.refusals(kind):
+    if refusals(made, kind):
         with pytest.raises(RequestError, match="native"):
             Budget(made, costs, (Target("params", fraction=0.9),), 4, quantum).solve(kind, base)
         return

@@ -15,6 +15,7 @@ from conftest import Checkpoints
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.cuts import cut_place
 from secateur.cuts.stream import StreamBasis, hyperplane
+from secateur.families import resized
 from secateur.plans import Plan
 
 
@@ -37,11 +38,11 @@ def test_layer_norm_stream_is_exact_at_full_width(family: str, directions: str, 
         if directions == "mean-free"
         else orthonormal(width, width - 1)
     )
-    plan = Plan(sizes, sizes.untied(), basis=basis)
-    target = source.architecture.resized(plan.after)
+    plan = Plan(sizes, sizes.untied(), bases={"residual": basis})
+    target = resized(source.architecture, plan.after)
     state: dict[str, Tensor] = {}
     for place in source.architecture.places:
-        tensors = cut_place(source.architecture, place, source.read(place), plan)
+        tensors = cut_place(source.architecture, target, place, source.read(place), plan)
         state.update({packed.name: packed.pack(tensors) for packed in target.packed_of(place)})
     cut = models.stock(family, torch.float64, tie_word_embeddings=False)
     cut.load_state_dict(state, strict=True)

@@ -16,12 +16,13 @@ from secateur.engine.prepare import (
     resolve_device,
 )
 from secateur.errors import refuse
-from secateur.families import Architecture, family_names
-from secateur.families.stock import example_config
+from secateur.families import LAYOUTS, Architecture, Kind, Layout, family_names
+from secateur.families.limits import verdict
+from secateur.families.stock import example_config, load_pretrained
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
 from secateur.methods.registry import describe_method, method_names
-from secateur.spaces import KINDS, Kind, spaces_of
+from secateur.spaces import KINDS, all_spaces
 
 
 def evaluate(
@@ -66,17 +67,17 @@ def methods(name: str | None = None) -> dict[str, Any]:
 
 
 def families() -> dict[str, Any]:
-    """Every architecture, and for each kind of space what the native layout can do with it."""
+    """Every architecture, and for each kind of space what each layout can do with it."""
     found = {}
     for name in family_names():
         architecture = Architecture(example_config(name))
-        native = {kind: _native(architecture, kind) for kind in KINDS}
-        found[name] = {"native": native, "loads_in": dict(architecture.family.loads_in)}
+        cuts = {str(layout): {k: _verdict(architecture, k, layout) for k in KINDS} for layout in LAYOUTS}
+        found[name] = {**cuts, "loads_in": dict(architecture.family.loads_in)}
     return found
 
 
-def _native(architecture: Architecture, kind: Kind) -> str:
-    state, why = architecture.native(kind)
+def _verdict(architecture: Architecture, kind: Kind, layout: Layout) -> str:
+    state, why = verdict(architecture, kind, layout)
     return f"{state} ({why})" if why else state
 
 
@@ -87,16 +88,17 @@ def inspect(model: str | Path) -> dict[str, Any]:
     sizes = architecture.sizes
     spaces = {}
     for kind in KINDS:
-        places = [None] if kind in ("residual", "blocks") else [p for p in architecture.places if p is not None]
-        every = [space for place in places for space in spaces_of(sizes, kind, place)]
-        present = sizes.uniform(kind) or 0
+        every = all_spaces(sizes, kind)
+        if not every:
+            continue
+        present = sizes.size(kind)
         unit = costs.params(sizes) - costs.params(sizes.resized(kind, present - 1))
         spaces[kind] = {
             "units": present,
             "count": len(every),
             "params_per_unit": unit // len(every),
             "share": unit * present / costs.params(sizes) if kind != "residual" else 1.0,
-            "native": _native(architecture, kind),
+            **{str(layout): _verdict(architecture, kind, layout) for layout in LAYOUTS},
         }
     return {
         "model_type": architecture.family.model_type,
@@ -110,13 +112,11 @@ def inspect(model: str | Path) -> dict[str, Any]:
 
 
 def load(path: str | Path, **options: Any) -> nn.Module:
-    """Load a checkpoint that Secateur wrote (or any other); native ones go through plain transformers.
+    """Load a checkpoint that Secateur wrote (or any other) as transformers does; no remote code is needed.
 
     Args:
         options: passed on to ``AutoModelForCausalLM.from_pretrained``.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Folder(Path(locate(str(path))))
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder.path, **options)
+    model: nn.Module = load_pretrained(folder.path, folder.layers is not None, **options)
     return model

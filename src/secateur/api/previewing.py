@@ -15,12 +15,14 @@ from secateur.engine.prepare import (
     budget_for,
     choose_method,
     context_of,
+    require_layout,
     require_target,
     resolve_device,
 )
 from secateur.engine.request import PruneRequest, make_request
 from secateur.errors import RequestError, SecateurError
 from secateur.methods.base import WORTH, Method
+from secateur.spaces import KINDS
 
 
 def preview(model: str | Path, *, recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def preview(model: str | Path, *, recipe: str | Path | None = None, **options: A
 
 def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> dict[str, Any]:
     require_target(request, method)
+    require_layout(request, checkpoint)
     budget = budget_for(request, checkpoint, resolve_device(request.device))
     costs, dense = budget.costs, budget.sizes
     after = dense if request.is_copy else method.sizes(budget)
@@ -83,10 +86,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "kv_bytes_per_token": costs.kv_bytes(after),
         "kv_bytes_per_token_before": costs.kv_bytes(dense),
     }
-    sizes = {
-        kind: {"before": dense.uniform(kind), "after": after.uniform(kind)}
-        for kind in ("residual", "ffn", "kv", "blocks")
-    }
+    sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS}
     return {
         "method": method.name,
         "needs_data": method.data != "none",

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 
-from secateur.families import Architecture, Block, Sizes, canonical_name
+from secateur.families import Architecture, Block, CanonicalTensor, Sizes, canonical_name
 from secateur.families.roles import MATRICES, TABLES
 
 _HEAD = canonical_name(None, "head", "weight")
+
+
+@dataclass(frozen=True)
+class _Sort:
+    """Tensors of one place that always have the same size."""
+
+    tensor: CanonicalTensor
+    routed: bool
+    is_table: bool
+    itemsize: int
+
+    @classmethod
+    def of(cls, tensor: CanonicalTensor, itemsize: int) -> _Sort:
+        routed = isinstance(tensor.expert, int)
+        is_table = tensor.role not in MATRICES or tensor.role in TABLES or len(tensor.axes) == 1
+        return cls(replace(tensor, name="", expert=0 if routed else tensor.expert), routed, is_table, itemsize)
 
 
 class Costs:
@@ -33,13 +51,14 @@ class Costs:
     ) -> None:
         self._repeats_head = repeats_head
         self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
-        self._inventory: dict[Block, Counter[tuple[str, tuple[str, ...], int]]] = {}
+        self._shortcuts_per_block = len(architecture.shortcut_roles)
+        self._inventory: dict[Block, Counter[_Sort]] = {}
         widest = max(itemsizes.values())
         for place in architecture.places:
             self._inventory[place] = Counter(
-                (t.role, t.axes, itemsizes.get(t.name, widest))
-                for t in architecture.tensors.values()
-                if t.block == place and t.name != _HEAD
+                _Sort.of(t, itemsizes.get(t.name, widest))
+                for t in architecture.tensors_of(place)
+                if t.name != _HEAD and "triangle" not in t.axes
             )
         self.head_axes = architecture.tensors[_HEAD].axes
         self.itemsize = itemsizes.get(_HEAD, itemsizes[canonical_name(None, "embedding", "weight")])
@@ -49,19 +68,24 @@ class Costs:
 
     def _sum(self, sizes: Sizes, place: Block, weigh: str) -> float:
         total = 0.0
-        for (role, axes, itemsize), count in self._inventory[place].items():
-            amount = count
-            for axis in axes:
-                amount *= sizes.axis(axis, place)
+        for sort, count in self._inventory[place].items():
+            amount = count * prod(sort.tensor.shape(sizes))
             if weigh == "bytes":
-                amount *= itemsize
+                amount *= sort.itemsize
             elif weigh == "flops":
-                if role not in MATRICES or role in TABLES or len(axes) == 1:
+                if sort.is_table:
                     continue
-                if sizes.experts and role in ("gate", "up", "down"):
-                    amount = amount * sizes.active_experts // sizes.experts
+                if sort.routed and place is not None:
+                    amount = amount * sizes.active_experts // sizes.blocks[place].experts
             total += amount
-        return total
+        return total + self._shortcuts(sizes, place, weigh)
+
+    def _shortcuts(self, sizes: Sizes, place: Block, weigh: str) -> float:
+        """The changes of basis in a block: triangles on disk, squares when they run."""
+        if place is None or not sizes.shortcuts:
+            return 0
+        each = sizes.residual**2 if weigh == "flops" else sizes.axis("triangle", place)
+        return self._shortcuts_per_block * each * (self.itemsize if weigh == "bytes" else 1)
 
     def _total(self, sizes: Sizes, weigh: str) -> int:
         places: list[Block] = [None, *range(len(sizes.blocks))]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from secateur.budgets.costs import Costs
 from secateur.budgets.targets import Target
 from secateur.errors import InternalError, RequestError, refuse
-from secateur.families import Architecture, Sizes
+from secateur.families import Architecture, Kind, Layout, Sizes
+from secateur.families.limits import problems, refusals
 
 Latency = Callable[[Sizes], float]
 _LARGEST_STEP = 0.01  # of all parameters
@@ -27,6 +28,7 @@ class Budget:
         largest_quantum: cap of the chosen quantum, 8 on a CPU and 64 on a GPU.
         tolerance: largest accepted gap as a share of what is there; None: any that rounding to the nearest leaves.
         itemsize: bytes of a weight.
+        layout: what the output may look like.
         latency: seconds of a forward pass at given sizes, measured; called for latency targets only.
     """
 
@@ -37,6 +39,7 @@ class Budget:
     quantum: int | None = None
     largest_quantum: int = 8
     tolerance: float | None = None
+    layout: Layout = "native"
     latency: Latency | None = None
     gap: float = field(default=0.0, init=False)
 
@@ -52,37 +55,42 @@ class Budget:
         cost: Callable[[Sizes], float] = getattr(self.costs, target.measure)
         return cost
 
-    def quantum_of(self, kind: str) -> int:
+    def quantum_of(self, kind: Kind) -> int:
         """Multiple that sizes of ``kind`` keep to: as asked, else the largest power of two whose step is <= 1 %."""
-        if kind in ("kv", "blocks"):
+        if kind in ("kv", "heads", "blocks"):
             return 1
         if self.quantum is not None:
             return self.quantum
-        present = self.sizes.uniform(kind) or 1
+        present = self.sizes.size(kind)
         step = self.costs.params(self.sizes) - self.costs.params(self.sizes.resized(kind, present - 1))
         quantum = 1
         while quantum < self.largest_quantum and 2 * quantum * step <= _LARGEST_STEP * self.costs.params(self.sizes):
             quantum *= 2
         return quantum
 
-    def reachable(self, kind: str, base: Sizes) -> list[int]:
-        """Sizes of ``kind`` that the quantum and the stock class admit, ascending."""
-        reasons = self.architecture.refusals(kind)
+    def reachable(self, kind: Kind, base: Sizes) -> list[int]:
+        """Sizes of ``kind`` that the quantum and the layout admit, ascending."""
+        reasons = refusals(self.architecture, kind, self.layout)
         if reasons:
+            other = " or --layout per-layer" if self.layout == "native" and not self._refused_anyway(kind) else ""
             refuse(
-                "not-native",
-                f"a smaller {kind} size in the native layout",
+                "not-native" if self.layout == "native" else "not-exact",
+                f"a smaller {kind} size in the {self.layout} layout",
                 "; ".join(reasons),
-                "choose another space, e.g. --set spaces=ffn where the method has it",
+                f"choose another space, e.g. --set spaces=ffn where the method has it{other}",
             )
-        present = base.uniform(kind)
-        if present is None:
-            refuse("not-uniform", f"one {kind} size", "the blocks of this model differ in it")
+        present = base.size(kind)
         quantum = self.quantum_of(kind)
         candidates = [n for n in range(1, present) if n % quantum == 0] + [present]
-        return [n for n in candidates if not self.architecture.problems(base.resized(kind, n), self.itemsize)]
+        return [n for n in candidates if not self._problems(base.resized(kind, n))]
 
-    def solve(self, kind: str, base: Sizes | None = None) -> Sizes:
+    def _refused_anyway(self, kind: Kind) -> bool:
+        return bool(refusals(self.architecture, kind, "per-layer"))
+
+    def _problems(self, sizes: Sizes) -> list[str]:
+        return problems(self.architecture, sizes, self.itemsize, self.layout)
+
+    def solve(self, kind: Kind, base: Sizes | None = None) -> Sizes:
         """Sizes with the reachable ``kind`` whose cost is nearest to the target (ties: the smaller).
 
         Args:
@@ -97,9 +105,9 @@ class Budget:
         if not candidates:
             refuse("not-native", f"another {kind} size", "the stock configuration admits none", "lower --quantum")
         solutions = [self._nearest(target, candidates, kind) for target in self.targets]
-        return min(solutions, key=lambda sizes: sizes.uniform(kind) or 0)
+        return min(solutions, key=lambda sizes: sizes.size(kind))
 
-    def _nearest(self, target: Target, candidates: list[Sizes], kind: str) -> Sizes:
+    def _nearest(self, target: Target, candidates: list[Sizes], kind: Kind) -> Sizes:
         cost = self._cost(target)
         present = cost(self.sizes)
         wanted = target.of(present)
@@ -111,7 +119,7 @@ class Budget:
         self.gap = (reached - wanted) / present
         beside = [cost(candidates[i]) for i in (index - 1, index + 1) if 0 <= i < len(candidates)]
         step = max((abs(other - reached) for other in beside), default=0.0)
-        nearest = f"the nearest is {_number(reached)} ({reached / present:.1%}) at {kind} {best.uniform(kind)}"
+        nearest = f"the nearest is {_number(reached)} ({reached / present:.1%}) at {kind} {best.size(kind)}"
         lowest, highest = cost(candidates[0]), cost(candidates[-1])
         if wanted < lowest - step / 2 or wanted > highest + step / 2:
             reach = f"cutting {kind} reaches from {lowest / present:.1%} to {highest / present:.1%} of {target.measure}"
@@ -124,10 +132,10 @@ class Budget:
             )
         return best
 
-    def at(self, kind: str, size: int, base: Sizes | None = None) -> Sizes:
+    def at(self, kind: Kind, size: int, base: Sizes | None = None) -> Sizes:
         """Sizes with a given ``kind``, for the paper's own knob; refused where the stock class does not admit it."""
         sizes = (base or self.sizes).resized(kind, size)
-        reasons = self.architecture.problems(sizes, self.itemsize) if size >= 1 else [f"{kind} {size} leaves nothing"]
+        reasons = self._problems(sizes) if size >= 1 else [f"{kind} {size} leaves nothing"]
         if reasons:
             refuse("out-of-reach", f"{kind} {size}", "; ".join(reasons))
         return sizes

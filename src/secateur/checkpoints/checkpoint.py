@@ -36,7 +36,7 @@ class Checkpoint:
 
     def __init__(self, folder: Folder, architecture: Architecture | None = None) -> None:
         self.folder = folder
-        self.architecture = architecture or Architecture(folder.config)
+        self.architecture = architecture or Architecture(folder.config, layers=folder.layers)
         self.packed: dict[Block, list[Packed]] = {}
         self.repeated_head: str | None = None
         self.problems: list[RequestError] = []
@@ -109,7 +109,8 @@ class Checkpoint:
             if torch.equal(tensors[module], tensors[spelled]):
                 self.repeated_head = module
                 return
-        self.architecture = Architecture({**self.architecture.raw, "tie_word_embeddings": False})
+        layers = None if self.folder.layers is None else self.folder.layers.untied()
+        self.architecture = Architecture({**self.architecture.raw, "tie_word_embeddings": False}, layers=layers)
 
     def _check_shapes(self) -> None:
         shapes = self.architecture.shapes

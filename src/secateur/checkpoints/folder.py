@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.errors import near, refuse
+from secateur.families import Sizes
 from secateur.families.packing import Shape
+from secateur.families.resizing import sizes_of
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -32,6 +34,7 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 WEIGHT_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
+RECORD: Final = "secateur.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _MAX_JSON: Final = 64 * 2**20  # bytes; no honest config or index comes near
 
@@ -90,7 +93,21 @@ class Folder:
             refuse("not-a-model", f"model {str(path)!r}", f"the folder has no {CONFIG}", "name a checkpoint folder")
         self.config = read_json(path / CONFIG)
         _refuse_unsupported(self.config)
+        self.layers = self._layers()
         self.weight_map = self._weight_files()
+
+    def _layers(self) -> Sizes | None:
+        """Sizes of a checkpoint whose layers differ; None for one that is what its configuration says."""
+        if "modeling_secateur" not in str(self.config.get("auto_map")):
+            return None
+        if not (self.path / RECORD).is_file():
+            refuse(
+                "no-record", f"model {str(self.path)!r}", f"its layers differ, and {RECORD}, which says how, is missing"
+            )
+        try:
+            return sizes_of(read_json(self.path / RECORD)["resize"]["sizes"])
+        except (KeyError, TypeError) as error:
+            refuse("bad-record", f"reading {RECORD}", f"it does not say how the layers differ ({error!r})")
 
     def _weight_files(self) -> dict[str, str] | None:
         """File of every tensor as the index says; None for a single file."""

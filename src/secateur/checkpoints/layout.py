@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from secateur.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from secateur.checkpoints.folder import TensorHeader
-from secateur.families import Architecture, Block, Packed
+from secateur.families import Architecture, Block, Packed, canonical_name
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,26 @@ def output_layout(source: Checkpoint, target: Architecture, kept: Sequence[int])
         kept: surviving blocks.
     """
     renumber = _Renumber(source.architecture.family.blocks, kept)
-    shapes = {}
+    arranged = {p.canonical: p for p in target.packed.values()}
+    shapes, renamed = {}, {}
     for name, tensor in source.architecture.tensors.items():
-        if tensor.block is None:
-            shapes[name] = target.shapes[name]
-        elif tensor.block in renumber.new:
-            new = replace(tensor, block=renumber.new[tensor.block])
-            shapes[name] = target.shape(new)
+        if tensor.block is None or tensor.block in renumber.new:
+            block = None if tensor.block is None else renumber.new[tensor.block]
+            renamed[name] = canonical_name(block, tensor.role, tensor.kind, tensor.expert)
+            shapes[name] = target.shapes[renamed[name]]
     pieces: dict[Block, list[Piece]] = {}
     for place in (None, *kept):
         pieces[place] = []
         for packed in source.packed[place]:
             new_name = renumber(packed.name)
             assert new_name is not None
-            header = replace(source.folder.headers[packed.name], name=new_name, shape=packed.shape(shapes))
-            pieces[place].append(Piece(header, packed))
+            # what takes turns in it may do so in other numbers
+            alike = arranged.get(tuple(renamed[name] for name in packed.canonical))
+            made = packed if alike is None else replace(packed, turn=alike.turn)
+            header = replace(source.folder.headers[packed.name], name=new_name, shape=made.shape(shapes))
+            pieces[place].append(Piece(header, made))
+        if place is not None and target.sizes.shortcuts and not source.architecture.sizes.shortcuts:
+            pieces[place] += _shortcuts(source, target, place, renumber.new[place], renumber)
     embedding = next(piece for piece in pieces[None] if EMBEDDING in piece.packed.canonical)
     if source.architecture.sizes.tied and (source.repeated_head or not target.sizes.tied):
         module = next(n for n, p in source.architecture.packed.items() if HEAD in p.canonical)
@@ -90,3 +95,23 @@ def output_layout(source: Checkpoint, target: Architecture, kept: Sequence[int])
         if travelling is not None:
             copies.append((header.name, replace(header, name=travelling)))
     return OutputLayout(pieces, copies)
+
+
+def _shortcuts(source: Checkpoint, target: Architecture, old: int, new: int, renumber: _Renumber) -> list[Piece]:
+    """The changes of basis of one block: in the file and the type of the matrix they stand beside."""
+    found = []
+    for role in target.shortcut_roles:
+        packed = next(p for p in target.packed_of(new) if p.canonical == (canonical_name(new, role, "weight"),))
+        beside = next(p for p in source.packed[old] if canonical_name(old, "out", "weight") in p.canonical)
+        header = source.folder.headers[beside.name]
+        spelled = _spelled_alike(packed.name, renumber(beside.name) or "", target.family.blocks)
+        shape = packed.shape(target.shapes)
+        made = replace(packed, name=spelled, parts=((canonical_name(old, role, "weight"),),))
+        found.append(Piece(replace(header, name=spelled, shape=shape), made))
+    return found
+
+
+def _spelled_alike(name: str, other: str, prefix: str) -> str:
+    """``name`` without the base-model prefix where ``other`` has none."""
+    base = prefix.partition(".")[0] + "."
+    return name if other.startswith(base) else name.removeprefix(base)

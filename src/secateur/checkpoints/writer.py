@@ -42,9 +42,10 @@ class TensorWriter:
     Args:
         folder: where they go; made when absent.
         headers: name, file, data type and shape of every tensor to come.
+        index: whether files of other names than the single one are listed in an index.
     """
 
-    def __init__(self, folder: Path, headers: Iterable[TensorHeader]) -> None:
+    def __init__(self, folder: Path, headers: Iterable[TensorHeader], index: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._slots: dict[str, _Slot] = {}
@@ -53,11 +54,11 @@ class TensorWriter:
             by_file.setdefault(header.file, []).append(header)
         for file, members in sorted(by_file.items()):
             self._prepare(folder / file, members)
-        if list(by_file) != ["model.safetensors"]:
+        if index and list(by_file) != ["model.safetensors"]:
             weight_map = {name: slot.header.file for name, slot in sorted(self._slots.items())}
             total = sum(slot.bytes for slot in self._slots.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _prepare(self, path: Path, members: list[TensorHeader]) -> None:
         content: dict[str, object] = {"__metadata__": {"format": "pt"}}

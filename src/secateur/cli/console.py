@@ -167,10 +167,10 @@ def show_methods(result: dict[str, Any]) -> None:
 
 
 def show_families(result: dict[str, Any]) -> None:
-    table = _table("family", "space", "native layout", numbers=False)
+    table = _table("family", "space", "native layout", "per-layer layout", numbers=False)
     for name, facts in result.items():
         for kind, state in facts["native"].items():
-            table.add_row(name, kind, state)
+            table.add_row(name, kind, state, facts["per-layer"][kind])
     _out.print(table)
 
 
@@ -179,11 +179,11 @@ def show_inspect(result: dict[str, Any]) -> None:
         value = result[key]
         shown = f"{value:,}" if type(value) is int else str(value)
         _out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
-    head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout")
+    head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout", "per-layer layout")
     table = _table(*head, numbers=False)
     for kind, facts in result["spaces"].items():
         cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
-        table.add_row(kind, *cells, facts["native"])
+        table.add_row(kind, *cells, facts["native"], facts["per-layer"])
     _out.print(table)
 
 

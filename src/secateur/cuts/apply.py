@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.cuts.stream import StreamBasis, narrow_stream
+from secateur.cuts.stream import narrow_stream
 from secateur.families import Architecture, Block, canonical_name
-from secateur.families.roles import NORMS, TABLES, writes_stream
-from secateur.families.sizes import UNIT_OF_AXIS
+from secateur.families.roles import NORMS, writes_stream
+from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.plans import Plan
 from secateur.spaces import space_name
 
@@ -19,38 +19,40 @@ HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
 
 
-def cut_place(architecture: Architecture, place: Block, tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def cut_place(
+    source: Architecture, target: Architecture, place: Block, tensors: Mapping[str, Tensor], plan: Plan
+) -> dict[str, Tensor]:
     """Canonical tensors of one place after the cut.
 
     Args:
-        architecture: the dense architecture.
+        source: the dense architecture.
+        target: the one after the cut.
         place: block index before the cut, or None for the stem.
         tensors: its dense tensors.
         plan: the decision.
 
     Returns:
         Tensors under their canonical names (block indices still those before the cut), in the data types they came in.
-        A head that the plan unties is added.
+        A head that the plan unties is added, and so are changes of basis.
     """
     result = dict(tensors)
-    if place is None and architecture.sizes.tied and not plan.after.tied:
+    if place is None and source.sizes.tied and not plan.after.tied:
         result[HEAD] = result[EMBEDDING]
-    result = {name: _select(architecture, name, tensor, plan) for name, tensor in result.items()}
-    if plan.basis is not None:
-        basis = StreamBasis(plan.basis, architecture.family.norm == "layer")
-        return narrow_stream(architecture, place, result, basis, plan.after.tied)
+    result = {name: _select(source, name, tensor, plan) for name, tensor in result.items()}
+    if plan.bases:
+        return narrow_stream(source, target, place, result, plan.bases)
     if "residual" in plan.kept:
-        return _rescale(architecture, result, plan)
+        return _rescale(source, target, result, plan)
     return result
 
 
 def _select(architecture: Architecture, name: str, tensor: Tensor, plan: Plan) -> Tensor:
     described = architecture.tensors[name]
     for dimension, axis in enumerate(described.axes):
-        kind = UNIT_OF_AXIS.get(axis)
-        kept = plan.kept.get(space_name(kind, described)) if kind else None
-        if kept is not None:
-            tensor = select_units(tensor, dimension, kept, plan.before.span(axis))
+        for kind in KINDS_OF_AXIS.get(axis, ()):
+            kept = plan.kept.get(space_name(kind, described))
+            if kept is not None:
+                tensor = select_units(tensor, dimension, kept, plan.before.span(axis, kind, described.block))
     return tensor
 
 
@@ -60,20 +62,27 @@ def select_units(tensor: Tensor, dimension: int, kept: Tensor, span: int) -> Ten
     return tensor.index_select(dimension, positions.to(tensor.device))
 
 
-def _rescale(architecture: Architecture, tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+def _rescale(
+    source: Architecture, target: Architecture, tensors: Mapping[str, Tensor], plan: Plan
+) -> dict[str, Tensor]:
     """Keep an RMSNorm's divisor after a selection of the stream.
 
-    Writers are multiplied by s = sqrt(d / D), norm weights by 1 / s; the one before a tied head by 1 / s^2, because the
-    head is then a writer's copy.
+    Writers are multiplied by s = sqrt(d / D), norm weights by 1 / s. The embedding also makes up for what the stock
+    class multiplies it by; a tied head is a copy of it, which the weight of the norm before it undoes.
     """
     scale = math.sqrt(plan.after.residual / plan.before.residual)
+    table = scale * source.embedding_gain / target.embedding_gain
+    offset = source.family.norm_offset
     result = {}
     for name, tensor in tensors.items():
-        role = architecture.tensors[name].role
+        role, shift = source.tensors[name].role, 0.0
         factor = 1.0
-        if role in TABLES or writes_stream(role):
+        if role == "embedding":
+            factor = table
+        elif writes_stream(role):
             factor = scale
-        elif NORMS.get(role) == "residual":
-            factor = 1 / scale**2 if role == "final_norm" and plan.after.tied else 1 / scale
-        result[name] = (tensor.double() * factor).to(tensor.dtype) if factor != 1.0 else tensor
+        elif NORMS.get(role) == ("residual",):
+            factor = 1 / (scale * table) if role == "final_norm" and plan.after.tied else 1 / scale
+            shift = offset
+        result[name] = ((tensor.double() + shift) * factor - shift).to(tensor.dtype) if factor != 1.0 else tensor
     return result

@@ -1,9 +1,10 @@
-"""Narrow the residual stream in one basis shared by all blocks, exactly, in the stock classes.
+"""Narrow the residual stream, exactly, in one basis shared by all blocks or in one of its own at every norm.
 
 A stream of width D becomes width d through x' = s R x with s = sqrt(d / D): readers take ``restore``, writers
 ``reduce``. A stock RMSNorm over d dimensions divides by sqrt(|x'|^2 / d + eps) = sqrt(|R x|^2 / D + eps), so with norm
 weights of 1 / s the readers see exactly the normalised projection; eps stays as it is (SliceGPT, arXiv:2401.15024,
-sec. 3, with one rotation for all blocks).
+sec. 3). With one basis for all blocks the stock classes compute it as they are; with bases of their own, a shortcut
+from each basis to the next stands beside the matrix that writes the stream (per-layer layout).
 
 A LayerNorm also subtracts the mean. The projection is therefore carried in the hyperplane orthogonal to the vector
 of ones, which takes one spare dimension: d = k + 1 for k directions. Where a norm's bias meets a reader without one
@@ -22,7 +23,23 @@ from torch import Tensor
 
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, canonical_name
-from secateur.families.roles import MATRICES, NORMS, READERS_OF_NORM, TABLES, writes_stream
+from secateur.families.roles import NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
+
+SHARED = "residual"
+"""Name of the one basis that serves every norm."""
+
+
+def interfaces(architecture: Architecture) -> list[str]:
+    """The places where a norm reads the stream, in order: the names of the bases that a plan may hold."""
+    names = [
+        f"blocks.{block}.{role}"
+        for block in range(len(architecture.sizes.blocks))
+        for role in (["attention_norm"] if architecture.parallel else architecture.norms_on_stream(block))
+    ]
+    return [*names, "stem.final_norm"]
+
+
+_NO_MEAN = 1e-8  # of an entry of a unit vector
 
 
 def hyperplane(size: int) -> Tensor:
@@ -48,10 +65,10 @@ class StreamBasis:
     @cached_property
     def _projected(self) -> Tensor:
         """Orthonormal basis of the normalised surviving signal; with mean subtraction, of the centred directions."""
-        if not self.mean_free:
+        means = self.directions.mean(0)
+        if not self.mean_free or means.abs().max() < _NO_MEAN:
             return self.directions
-        centred = self.directions - self.directions.mean(0)
-        left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+        left, values, _ = torch.linalg.svd(self.directions - means, full_matrices=False)
         kept: Tensor = left[:, values > 1e-9]
         return kept
 
@@ -79,57 +96,122 @@ class StreamBasis:
         return self.restore.t() @ (projector - projector.mean(0))
 
 
+class _Place:
+    """The bases that meet in one place of the model.
+
+    Args:
+        architecture: the dense architecture.
+        place: block index, or None for the stem.
+        bases: directions that survive, by interface, or one for all.
+    """
+
+    def __init__(self, architecture: Architecture, place: Block, bases: Mapping[str, Tensor]) -> None:
+        self._bases, self._mean_free = bases, architecture.family.norm == "layer"
+        self._order = interfaces(architecture)
+        self._place, self._parallel = place, architecture.parallel
+        self._made: dict[str, StreamBasis] = {}
+
+    def _basis(self, interface: str) -> StreamBasis:
+        name = SHARED if SHARED in self._bases else interface
+        if name not in self._made:
+            self._made[name] = StreamBasis(self._bases[name], self._mean_free)
+        return self._made[name]
+
+    def read_by(self, norm: str) -> StreamBasis:
+        """Basis in which a norm of this place reads the stream."""
+        if self._place is None:
+            return self._basis("stem.final_norm")
+        return self._basis(f"blocks.{self._place}.{'attention_norm' if self._parallel else norm}")
+
+    def written_by(self, role: str) -> StreamBasis:
+        """Basis in which a role of this place writes the stream: that of the next norm."""
+        if self._place is None:
+            return self._basis(self._order[0])
+        if role in ("out", "latent_out") and not self._parallel:
+            return self._basis(f"blocks.{self._place}.ffn_norm")
+        last = "attention_norm" if self._parallel else "ffn_norm"
+        return self._basis(self._order[self._order.index(f"blocks.{self._place}.{last}") + 1])
+
+    def shortcut(self, role: str) -> Tensor:
+        """Packed lower triangle of the change of basis behind the attention or the FFN."""
+        if role == "attention_shortcut":
+            first, second = self.read_by("attention_norm"), self.written_by("out")
+        else:
+            first, second = self.read_by("ffn_norm"), self.written_by("down")
+        change = first.directions.t() @ second.directions
+        rows, columns = torch.tril_indices(*change.shape)
+        return change[rows, columns]
+
+
 def narrow_stream(
-    architecture: Architecture, place: Block, tensors: Mapping[str, Tensor], basis: StreamBasis, tied: bool = False
+    source: Architecture, target: Architecture, place: Block, tensors: Mapping[str, Tensor], bases: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of one place on the narrowed stream, norms folded into their readers.
 
     Args:
-        architecture: the dense architecture.
+        source: the dense architecture.
+        target: the narrowed one.
+        place: block index, or None for the stem.
         tensors: canonical tensors of the place; those of the stem hold the head unless it stays tied.
-        tied: whether one matrix goes on serving as embedding and head (RMSNorm only; see ``shared_table``).
+        bases: [D, k] directions that survive, one named ``residual`` for all or one for each of ``interfaces``.
     """
+    here, offset = _Place(source, place, bases), source.family.norm_offset
     result = {name: _precise(tensor) for name, tensor in tensors.items()}
     constants: dict[str, Tensor] = {}  # what the norm's bias adds to a reader that has no bias of its own
     spare: set[str] = set()
-    for norm, readers in READERS_OF_NORM.items():
+    norm_of: dict[str, str] = {}
+    roles = {source.tensors[name].role for name in tensors}
+    for norm, readers in readers_of_norms(roles).items():
         weight, bias = (result.get(canonical_name(place, norm, kind)) for kind in ("weight", "bias"))
         if weight is None:
             continue
         for name in tensors:
-            described = architecture.tensors[name]
+            described = source.tensors[name]
             if described.role not in readers or described.kind != "weight":
                 continue
+            norm_of[name] = norm
             if bias is not None:
-                target = name.removesuffix("weight") + "bias"
-                if target in result:
-                    result[target] = result[target] + result[name] @ bias
-                elif basis.mean_free:
+                target_bias = name.removesuffix("weight") + "bias"
+                if target_bias in result:
+                    result[target_bias] = result[target_bias] + result[name] @ bias
+                elif source.family.norm == "layer":
                     constants[name] = result[name] @ bias
                     spare.add(canonical_name(place, norm, "bias"))
                 else:
                     raise InternalError("no-bias", f"folding {norm} into {name}", "the stock class has no bias there")
-            result[name] = result[name] * weight
-    restore, reduce = (m.to(next(iter(result.values()))) for m in (basis.restore, basis.scale * basis.reduce))
+            result[name] = result[name] * (weight + offset)
+    like = next(iter(result.values()))
+    gain = source.embedding_gain / target.embedding_gain
     for name, tensor in result.items():
-        described = architecture.tensors[name]
+        described = source.tensors[name]
         role, kind = described.role, described.kind
-        if role in TABLES:
-            result[name] = tensor @ reduce.t()
-        elif role in NORMS and NORMS[role] == "residual":
-            fill = 1 / basis.scale if kind == "weight" else float(name in spare)
+        if NORMS.get(role) == ("residual",):
+            basis = here.read_by(role)
+            fill = 1 / basis.scale - offset if kind == "weight" else float(name in spare)
             result[name] = tensor.new_full((basis.width,), fill)
-        elif writes_stream(role):
-            result[name] = reduce @ tensor
-        elif kind == "weight" and role in MATRICES and MATRICES[role][1] == "residual":
-            result[name] = tensor @ restore
+        elif role in TABLES or writes_stream(role):
+            basis = here.written_by(role)
+            reduce = (basis.scale * basis.reduce).to(like)
+            result[name] = tensor @ reduce.t() if role in TABLES else reduce @ tensor
+            if role == "embedding":
+                result[name] *= gain
+        elif kind == "weight" and reads_stream(role):
+            basis = here.read_by(norm_of[name])
+            result[name] = tensor @ basis.restore.to(like)
             if name in constants:  # read along the vector of ones, where only the norm's bias lies
                 result[name] += constants[name][:, None] / basis.width
-    if place is None and tied:
+    if place is None and target.sizes.tied:
+        basis = here.read_by("final_norm")
         embedding, norm = (canonical_name(None, role, "weight") for role in ("embedding", "final_norm"))
-        table, gains = shared_table(_precise(tensors[embedding]), _precise(tensors[norm]), restore)
-        result[embedding], result[norm] = table * basis.scale, gains / basis.scale**2
-    return {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
+        gains = _precise(tensors[norm]) + offset
+        table, shared = shared_table(_precise(tensors[embedding]), gains, basis.restore.to(like))
+        result[embedding], result[norm] = table * basis.scale * gain, shared / (basis.scale**2 * gain) - offset
+    result = {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
+    if target.sizes.shortcuts and place is not None:
+        written = tensors[canonical_name(place, "out", "weight")].dtype
+        for role in target.shortcut_roles:
+            result[canonical_name(place, role, "weight")] = here.shortcut(role).to(written)
+    return result
 
 
 def shared_table(embedding: Tensor, gains: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, Packed
+from secateur.families.resizing import layer_record
 from secateur.families.stock import skeleton_model
 
 
@@ -38,7 +39,8 @@ class BlockRunner:
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self.architecture, self.dtype, self.device = architecture, dtype, device
-        self.model = skeleton_model(architecture.config, dtype)
+        resize = layer_record(architecture) if architecture.per_layer else None
+        self.model = skeleton_model(architecture.config, dtype, resize)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)

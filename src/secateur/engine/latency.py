@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from secateur.engine.blocks import BlockRunner
-from secateur.families import Architecture, Sizes
+from secateur.families import Architecture, Layout, Sizes, resized
 
 _TOKENS, _REPEATS = 128, 7
 
 
 class LatencyModel:
-    """Seconds of a forward pass over 128 tokens: one stock block timed, times the depth, plus the stem.
+    """Seconds of a forward pass over 128 tokens: one stock block of each size timed, times their number, plus the stem.
 
     Args:
         architecture: the dense architecture.
+        layout: of what is measured.
         dtype: compute type.
         device: where to measure.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        self._architecture, self._dtype, self._device = architecture, dtype, device
+    def __init__(self, architecture: Architecture, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self._architecture, self._layout, self._dtype, self._device = architecture, layout, dtype, device
         self._measured: dict[Sizes, float] = {}
 
     def __call__(self, sizes: Sizes) -> float:
@@ -34,8 +36,15 @@ class LatencyModel:
         return self._measured[sizes]
 
     def _measure(self, sizes: Sizes) -> float:
-        depth = len(sizes.blocks)
-        target = self._architecture.resized(sizes.resized("blocks", 1), kept_blocks=[0])
+        total, stem = 0.0, 0.0
+        for block, count in Counter(sizes.blocks).items():
+            seconds, stem = self._measure_one(sizes, sizes.blocks.index(block))
+            total += count * seconds
+        return total + stem
+
+    def _measure_one(self, sizes: Sizes, index: int) -> tuple[float, float]:
+        """Seconds of one block and of the stem."""
+        target = resized(self._architecture, sizes.kept_blocks([index]), [index], self._layout)
         runner = BlockRunner(target, self._dtype, self._device)
         generator = torch.Generator().manual_seed(0)
         for place in target.places:
@@ -47,7 +56,7 @@ class LatencyModel:
         for _ in range(_REPEATS):
             block.append(self._seconds(partial(runner.run, 0, hidden, calls[0])))
             stem.append(self._seconds(partial(runner.logits, ids, hidden)))
-        return depth * min(block) + min(stem)
+        return min(block), min(stem)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         if self._device.type == "cuda":

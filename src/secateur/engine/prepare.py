@@ -89,13 +89,20 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 def choose_method(request: PruneRequest) -> Method:
     """The method asked for, or the default; one that needs data is checked for it later."""
     name = request.method or (DEFAULT_WITH_DATA if request.data else DEFAULT_WITHOUT_DATA)
-    return make_method(name, request.options)
+    return make_method(name, request.options).in_layout(request.layout)
 
 
 def require_target(request: PruneRequest, method: Method) -> None:
     """Refuse a request that does not say how much shall go."""
     if not request.targets and method.sparsity is None:
         refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
+
+
+def require_layout(request: PruneRequest, checkpoint: Checkpoint) -> None:
+    """Refuse to write a model whose layers differ as one whose layers do not."""
+    if checkpoint.architecture.per_layer and request.layout == "native" and not request.is_copy:
+        found = f"the layers of {str(checkpoint.folder.path)!r} differ already"
+        refuse("layout", "the native layout", found, "--layout per-layer")
 
 
 def budget_for(request: PruneRequest, checkpoint: Checkpoint, device: torch.device) -> Budget:
@@ -109,7 +116,10 @@ def budget_for(request: PruneRequest, checkpoint: Checkpoint, device: torch.devi
         quantum=request.quantum,
         largest_quantum=8 if device.type == "cpu" else 64,
         tolerance=request.tolerance,
-        latency=LatencyModel(checkpoint.architecture, resolve_dtype(request.dtype, checkpoint, device), device),
+        layout=request.layout,
+        latency=LatencyModel(
+            checkpoint.architecture, request.layout, resolve_dtype(request.dtype, checkpoint, device), device
+        ),
     )
 
 
@@ -120,10 +130,9 @@ def prepare(request: PruneRequest) -> Prepared:
         RequestError: the first thing at fault.
     """
     method = choose_method(request)
-    if request.layout != "native":
-        refuse("layout", f"layout {request.layout!r}", "this version writes the native layout only", "--layout native")
     require_target(request, method)
     device = resolve_device(request.device)
     checkpoint = Checkpoint.open(Path(locate(request.model)))
+    require_layout(request, checkpoint)
     budget = budget_for(request, checkpoint, device)
     return Prepared(request, checkpoint, method, budget, device, resolve_dtype(request.dtype, checkpoint, device))

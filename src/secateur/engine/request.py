@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from secateur.budgets import Target, parse_target, ratio_target
 from secateur.errors import RequestError, near, refuse
+from secateur.families import Layout
 
-Layout = Literal["native", "per-layer"]
 ComputeType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
 from secateur.checkpoints.companions import copy_folder
-from secateur.checkpoints.folder import CONFIG, INDEX
+from secateur.checkpoints.folder import CONFIG, INDEX, RECORD
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal, work_folder
@@ -22,13 +22,13 @@ from secateur.engine.progress import Progress
 from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
 from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
-from secateur.families import Architecture, Block
+from secateur.families import Architecture, Block, resized
+from secateur.families.resizing import layer_record, modeling_file
 from secateur.methods.base import Study
 from secateur.plans import Artifact, Plan
 from secateur.spaces import BlockView
 from secateur.version import __version__
 
-RECORD: Final = "secateur.json"
 LEARNED: Final = "learned"
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
 
@@ -122,7 +122,7 @@ class Run:
         plan = prepared.method.decide(self._study(sweep))
         digest = plan.save(self.work)
         self.journal.add("plan", sha256=digest)
-        return plan
+        return Plan.load(self.work)
 
     def _study(self, sweep: SummarySweep) -> Study:
         def view(place: Block, roles: tuple[str, ...] | None) -> BlockView:
@@ -141,7 +141,7 @@ class Run:
     def target(self, plan: Plan) -> Architecture:
         """Architecture of the output."""
         kept = plan.blocks if "blocks" in plan.kept else None
-        return self.checkpoint.architecture.resized(plan.after, kept)
+        return resized(self.checkpoint.architecture, plan.after, kept, self.prepared.request.layout)
 
     def write(self, plan: Plan) -> dict[str, Any]:
         """Write the output folder and check that it reloads.
@@ -152,17 +152,20 @@ class Run:
         target = self.target(plan)
         layout = output_layout(self.checkpoint, target, plan.blocks)
         writer = TensorWriter(self.result, layout.headers)
-        digests = cut_sweep(self.checkpoint, plan, layout, writer, self.journal, self.progress, self.prepared.device)
+        digests = cut_sweep(
+            self.checkpoint, target, plan, layout, writer, self.journal, self.progress, self.prepared.device
+        )
         left_behind = self._copy_companions(target)
         for name, artifact in plan.artifacts.items():
             (self.result / LEARNED).mkdir(exist_ok=True)  # apart: runtimes take every *.safetensors beside the weights
             artifact.save(self.result / LEARNED, name)
         if not self.journal.newer("verified", than="cut"):
             self.progress.start("verify", 1)
-            version = verify_output(self.checkpoint, plan, self.result, writer, digests)
+            self._write_resize(target)
+            version = verify_output(self.checkpoint, target, plan, self.result, writer, digests)
             self.progress.step(1)
             self.journal.add("verified", transformers=version)
-        record = self._record(plan, layout, digests, left_behind)
+        record = self._record(plan, target, layout, digests, left_behind)
         (self.result / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return record
 
@@ -187,11 +190,19 @@ class Run:
         (self.result / CONFIG).write_text(json.dumps(target.raw, indent=2) + "\n", encoding="utf-8")
         return sorted(left)
 
+    def _write_resize(self, target: Architecture) -> None:
+        """Where layers differ: how, and the modelling file that knows what to do about it."""
+        if target.per_layer:
+            (self.result / RECORD).write_text(json.dumps({"resize": layer_record(target)}) + "\n", encoding="utf-8")
+            shutil.copyfile(modeling_file(), self.result / modeling_file().name)
+
     def _record(
-        self, plan: Plan, layout: OutputLayout, digests: dict[str, str], left_behind: list[str]
+        self, plan: Plan, target: Architecture, layout: OutputLayout, digests: dict[str, str], left_behind: list[str]
     ) -> dict[str, Any]:
         prepared = self.prepared
         loads = dict(self.checkpoint.architecture.family.loads_in)
+        if target.per_layer:  # no other runtime knows layers that differ
+            loads = dict.fromkeys(loads, "no")
         return {
             "secateur": __version__,
             "method": prepared.method.name,
@@ -199,6 +210,7 @@ class Run:
             "before": asdict(plan.before),
             "after": asdict(plan.after),
             "notes": dict(plan.notes),
+            **({"resize": layer_record(target)} if target.per_layer else {}),
             "plan_sha256": Plan.digest(self.work),
             "data": None if self.windows is None else self.windows.record(),
             "loads_in": {

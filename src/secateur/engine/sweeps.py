@@ -141,7 +141,7 @@ class SummarySweep:
         collectors: dict[str, GramCollector] = {}
         hooks = []
         if block not in self._done and "stream" in self.method.evidence:
-            for role in ("attention_norm", "ffn_norm"):
+            for role in self.architecture.norms_on_stream(block):
                 collectors[role] = GramCollector(self.architecture.sizes.residual, runner.device)
                 hooks.append(runner.norm_on_stream(role, block).register_forward_pre_hook(_adder(collectors[role])))
         for shard in activations.shards:
@@ -179,6 +179,7 @@ def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None)
 
 def cut_sweep(
     checkpoint: Checkpoint,
+    target: Architecture,
     plan: Plan,
     layout: OutputLayout,
     writer: TensorWriter,
@@ -200,7 +201,7 @@ def cut_sweep(
     for number, (place, pieces) in enumerate(layout.pieces.items(), 1):
         if not all(piece.header.name in intact for piece in pieces):
             dense = {name: tensor.to(device) for name, tensor in checkpoint.read(place).items()}
-            tensors = cut_place(checkpoint.architecture, place, dense, plan)
+            tensors = cut_place(checkpoint.architecture, target, place, dense, plan)
             written = writer.write_all({p.header.name: partial(p.packed.pack, tensors) for p in pieces})
             digests.update(written)
             journal.add("cut", place=place, tensors=written)

@@ -13,7 +13,8 @@ from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.prepare import context_of
 from secateur.errors import InternalError
-from secateur.families.stock import quiet_transformers, typed
+from secateur.families import Architecture
+from secateur.families.stock import load_pretrained, typed
 from secateur.plans import Plan
 
 WHOLE_MODEL = 2**30
@@ -21,7 +22,9 @@ WHOLE_MODEL = 2**30
 _TOKENS = 16
 
 
-def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWriter, digests: dict[str, str]) -> str:
+def verify_output(
+    source: Checkpoint, target: Architecture, plan: Plan, folder: Path, writer: TensorWriter, digests: dict[str, str]
+) -> str:
     """Check a written folder.
 
     The stock configuration and class agree with every key, shape and data type; tensors hash as written; the first and
@@ -56,7 +59,7 @@ def verify_output(source: Checkpoint, plan: Plan, folder: Path, writer: TensorWr
     runner.unload(None)  # of a large model, never more than the stem or one block is held
     hidden = torch.randn(1, ids.shape[1], plan.after.residual, generator=generator).to(dtype)
     for new, old in {(0, plan.blocks[0]), (len(plan.blocks) - 1, plan.blocks[-1])}:
-        cut = cut_place(source.architecture, old, source.read(old), plan)
+        cut = cut_place(source.architecture, target, old, source.read(old), plan)
         cut = {name.replace(f"blocks.{old}.", f"blocks.{new}.", 1): tensor for name, tensor in cut.items()}
         expected = runner.replay(new, cut, hidden, calls[new])
         del cut
@@ -77,12 +80,13 @@ def _require_close(what: str, expected: Tensor, found: Tensor) -> None:
 
 
 def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: torch.dtype) -> None:
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            written.folder.path, **typed(dtype), output_loading_info=True, local_files_only=True
-        )
+    model, info = load_pretrained(
+        written.folder.path,
+        written.architecture.per_layer,
+        **typed(dtype),
+        output_loading_info=True,
+        local_files_only=True,
+    )
     travelling = {header.name for header in written.passthrough}
     wrong: dict[str, Any] = {
         "missing": set(info["missing_keys"]),

@@ -1,19 +1,27 @@
-"""Architectures as data: one YAML per ``model_type``, roles, canonical tensors, packings."""
+"""Architectures as data: one YAML per ``model_type``, roles, canonical tensors, packings, what each layout admits."""
 
-from secateur.families.architecture import Architecture, Block, CanonicalTensor, canonical_name
+from secateur.families.architecture import Architecture, Block, CanonicalTensor, canonical_name, place_name
+from secateur.families.limits import LAYOUTS, Layout
 from secateur.families.packing import Packed
+from secateur.families.resizing import resized
 from secateur.families.schema import Family, family_names, load_family
-from secateur.families.sizes import BlockSizes, Sizes
+from secateur.families.sizes import BlockSizes, Expert, Kind, Sizes
 
 __all__ = [
+    "LAYOUTS",
     "Architecture",
     "Block",
     "BlockSizes",
     "CanonicalTensor",
+    "Expert",
     "Family",
+    "Kind",
+    "Layout",
     "Packed",
     "Sizes",
     "canonical_name",
     "family_names",
     "load_family",
+    "place_name",
+    "resized",
 ]

@@ -6,7 +6,7 @@ and the architecture of any other sizes. Built on the meta device: no weight is 
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,8 +15,8 @@ from typing import Any
 from secateur.errors import InternalError, refuse
 from secateur.families.packing import Packed, Shape
 from secateur.families.roles import axes_of
-from secateur.families.schema import Experts, Family, load_family
-from secateur.families.sizes import BlockSizes, Sizes
+from secateur.families.schema import Entry, Family, holds, load_family
+from secateur.families.sizes import BlockSizes, Expert, Sizes
 from secateur.families.stock import meta_model, stock_config
 
 Block = int | None
@@ -27,22 +27,37 @@ Block = int | None
 class CanonicalTensor:
     """A matrix, bias or norm weight in its canonical place.
 
-    ``name`` is ``stem.ROLE.KIND``, ``blocks.I.ROLE.KIND`` or ``blocks.I.experts.E.ROLE.KIND``.
+    ``name`` is ``stem.ROLE.KIND``, ``blocks.I.ROLE.KIND`` or ``blocks.I.experts.E.ROLE.KIND``; ``fixed`` its shape in
+    the stock class, where it has axes of its own.
     """
 
     name: str
     role: str
     kind: str
     block: Block
-    expert: int | None
+    expert: Expert
+    fixed: Shape | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
         return axes_of(self.role, self.kind)
 
+    def shape(self, sizes: Sizes) -> Shape:
+        """Its shape at some sizes."""
+        return tuple(
+            self.fixed[i] if axis == "own" and self.fixed else sizes.axis(axis, self.block, self.expert)
+            for i, axis in enumerate(self.axes)
+        )
 
-def canonical_name(block: Block, role: str, kind: str, expert: int | None = None) -> str:
-    place = "stem" if block is None else f"blocks.{block}"
+
+def place_name(block: Block) -> str:
+    """``stem`` or ``blocks.I``."""
+    return "stem" if block is None else f"blocks.{block}"
+
+
+def canonical_name(block: Block, role: str, kind: str, expert: Expert = None) -> str:
+    """Name of a canonical tensor."""
+    place = place_name(block)
     return f"{place}.{role}.{kind}" if expert is None else f"{place}.experts.{expert}.{role}.{kind}"
 
 
@@ -52,202 +67,213 @@ class Architecture:
     Args:
         raw: the content of ``config.json``.
         family: its family; looked up from ``model_type`` when omitted.
+        layers: sizes that differ from those of the configuration (the per-layer layout).
 
     Raises:
         RequestError: unknown architecture, or a configuration the stock class refuses.
     """
 
-    def __init__(self, raw: Mapping[str, Any], family: Family | None = None) -> None:
+    def __init__(self, raw: Mapping[str, Any], family: Family | None = None, layers: Sizes | None = None) -> None:
         self.raw = dict(raw)
-        self.family = family or load_family(str(raw.get("model_type")))
         self.config = stock_config(self.raw)
-        self.sizes = self._read_sizes()
+        self.origin = family or load_family(str(raw.get("model_type")))
+        self.family = self.origin.of(self.config)
+        self.per_layer = layers is not None
+        model = meta_model(self.config)
+        self.stock_shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self._places = {name: self._place(name) for name in self.stock_shapes}
+        self.sizes = layers or self._read_sizes()
         self.tensors: dict[str, CanonicalTensor] = {}
         self.packed: dict[str, Packed] = {}
         self.unmapped: dict[str, Shape] = {}
-        self._block_of: dict[str, Block] = {}
-        self._stock_shapes: dict[str, Shape] = {}
-        self._map_parameters()
+        for name in self.stock_shapes:
+            self._map(name)
+        if self.sizes.shortcuts:
+            self._add_shortcuts()
+        self._check_shapes()
 
     # -- sizes -----------------------------------------------------------------------------------------------------
 
-    def _size(self, key: str, default: int) -> int:
+    def _size(self, key: str, default: int = 0) -> int:
         name = self.family.sizes.get(key)
-        value = getattr(self.config, name, None) if name else None
+        value = getattr(self.config, name, None) if isinstance(name, str) else name
         return default if value is None else int(value)
 
     def _read_sizes(self) -> Sizes:
-        residual, heads = self._size("residual", 0), self._size("heads", 0)
+        residual, heads = self._size("residual"), self._size("heads")
         if residual <= 0 or heads <= 0:
             refuse("bad-config", "config.json", f"hidden size {residual}, {heads} attention heads")
         kv = self._size("kv", heads)
         if kv <= 0 or heads % kv:
             refuse("bad-config", "config.json", f"{heads} attention heads do not share {kv} key/value heads evenly")
-        ffn = self._size("ffn", self.family.defaults.get("ffn", 0) * residual)
+        dense = BlockSizes(self._size("ffn", self.family.defaults.get("ffn", 0) * residual), kv, heads // kv)
+        sparse = replace(dense, ffn=self._size("expert_ffn"), experts=self._size("experts"))
+        with_experts = {block for block, local in self._places.values() if self._entry(block, local).experts}
+        shared = self._shared_width()
         return Sizes(
             residual=residual,
-            heads_per_kv=heads // kv,
             head=self._size("head", residual // heads),
             vocab=int(self.config.vocab_size),
-            positions=0,
-            experts=self._size("experts", 0),
-            active_experts=self._size("active_experts", 0),
+            positions=next((s[0] for n, s in self.stock_shapes.items() if self._roles(n) == ("positions",)), 0),
+            active_experts=self._size("active_experts"),
             tied=bool(getattr(self.config, "tie_word_embeddings", False)),
-            blocks=(BlockSizes(ffn=ffn, kv=kv),) * self._size("blocks", 0),
+            blocks=tuple(
+                replace(sparse, shared=shared.get(i, 0)) if i in with_experts else dense
+                for i in range(self._size("blocks"))
+            ),
+            mean_free=int(self.family.norm == "layer"),
         )
+
+    def _shared_width(self) -> dict[Block, int]:
+        """Neurons of the expert that every token visits, of every block that has one, as the stock class builds it."""
+        widths: dict[Block, int] = {}
+        for name, (block, local) in self._places.items():
+            entry = self._entry(block, local)
+            if entry.shared and entry.roles == ("down",) and name.endswith("weight"):
+                widths[block] = self.stock_shapes[name][0 if self._transposed(entry, block) else 1]
+        return widths
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 
-    def _map_parameters(self) -> None:
+    def _place(self, name: str) -> tuple[Block, str]:
+        """Block of a parameter of the stock class, and its name there."""
         prefix = self.family.blocks + "."
-        for name, parameter in meta_model(self.config).named_parameters(remove_duplicate=False):
-            shape = tuple(parameter.shape)
-            if name.startswith(prefix):
-                number, _, local = name.removeprefix(prefix).partition(".")
-                self._map(name, local, int(number), self.family.block, shape)
-            else:
-                self._map(name, name, None, self.family.stem, shape)
-        for name, packed in self.packed.items():
-            expected, found = packed.shape(self.shapes), self._stock_shapes[name]
-            if expected != found:
-                message = f"the family file says {list(expected)}, the stock class {list(found)}"
-                refuse("family-mismatch", f"{self.family.model_type}: parameter {name}", message)
+        if not name.startswith(prefix):
+            return None, name
+        number, _, local = name.removeprefix(prefix).partition(".")
+        return int(number), local
 
-    def _map(self, name: str, local: str, block: Block, table: Mapping[str, Any], shape: Shape) -> None:
+    def _entry(self, block: Block, local: str) -> Entry:
+        """What the family file says of a parameter; an entry without roles where it says nothing."""
+        table = self.family.stem if block is None else self.family.block
         module, _, kind = local.rpartition(".")
-        entry = table.get(module) if kind in ("weight", "bias") else table.get(local)
-        self._stock_shapes[name] = shape
-        if entry is None:
+        found = table.get(module) if kind in ("weight", "bias") else table.get(local)
+        return found or Entry(roles=())
+
+    def _roles(self, name: str) -> tuple[str, ...]:
+        return self._entry(*self._places[name]).roles
+
+    def _transposed(self, entry: Entry, block: Block) -> bool:
+        if entry.transposed is not None:
+            return entry.transposed
+        return self.family.transposed and block is not None
+
+    def _map(self, name: str) -> None:
+        block, local = self._places[name]
+        entry, shape = self._entry(block, local), self.stock_shapes[name]
+        if not entry.roles:
             self.unmapped[name] = shape
             return
-        stacked = isinstance(entry, Experts)
-        roles = entry.experts if isinstance(entry, Experts) else (entry,) if isinstance(entry, str) else entry
-        kind = "weight" if stacked else kind
-        experts: Iterable[int | None] = range(self.sizes.experts) if stacked else (None,)
+        kind = local.rpartition(".")[2]
+        if kind not in ("weight", "bias"):
+            kind = entry.kind
+        experts: Iterable[Expert] = (None,)
+        if entry.experts and block is not None:
+            experts = range(self.sizes.blocks[block].experts)
+        elif entry.shared:
+            experts = ("shared",)
+        fixed = shape if len(entry.roles) == 1 and not entry.experts else None
         parts = []
         for expert in experts:
-            group = [CanonicalTensor(canonical_name(block, r, kind, expert), r, kind, block, expert) for r in roles]
+            group = [
+                CanonicalTensor(canonical_name(block, role, kind, expert), role, kind, block, expert, fixed)
+                for role in entry.roles
+            ]
             self.tensors.update({tensor.name: tensor for tensor in group})
             parts.append(tuple(tensor.name for tensor in group))
-        if roles == ("positions",):
-            self.sizes = replace(self.sizes, positions=shape[0])
-        transposed = self.family.transposed and block is not None
-        self.packed[name] = Packed(name, tuple(parts), stacked, transposed)
-        self._block_of[name] = block
+        turn = {None: None, "kv": (1, self.sizes.head), "ffn": (0, 1)}[entry.turns]
+        self.packed[name] = Packed(name, tuple(parts), entry.experts, self._transposed(entry, block), turn)
 
-    def shape(self, tensor: CanonicalTensor) -> Shape:
-        """Shape of a canonical tensor at these sizes."""
-        return tuple(self.sizes.axis(axis, tensor.block) for axis in tensor.axes)
+    def _add_shortcuts(self) -> None:
+        """The maps between the bases of the stream, beside the modules that write it."""
+        for block in range(len(self.sizes.blocks)):
+            for role in self.shortcut_roles:
+                tensor = CanonicalTensor(canonical_name(block, role, "weight"), role, "weight", block, None)
+                self.tensors[tensor.name] = tensor
+                name = f"{self.writer_of(role, block)}.shortcut"
+                self.packed[name] = Packed(name, ((tensor.name,),))
+                self._places[name] = self._place(name)
+
+    def _check_shapes(self) -> None:
+        for name, packed in self.packed.items():
+            expected, found = packed.shape(self.shapes), self.stock_shapes.get(name)
+            if expected != found and not self.per_layer:
+                message = f"the family file says {list(expected)}, the stock class {list(found or ())}"
+                refuse("family-mismatch", f"{self.family.model_type}: parameter {name}", message)
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        return {name: self.shape(tensor) for name, tensor in self.tensors.items()}
+        """Shape of every canonical tensor at these sizes."""
+        return {name: tensor.shape(self.sizes) for name, tensor in self.tensors.items()}
 
     @cached_property
     def places(self) -> tuple[Block, ...]:
         """The stem, then every block: the order of every sweep."""
         return (None, *range(len(self.sizes.blocks)))
 
+    @cached_property
+    def _by_place(self) -> dict[Block, list[Packed]]:
+        tied = canonical_name(None, "head", "weight") if self.sizes.tied else ""
+        found: dict[Block, list[Packed]] = {place: [] for place in self.places}
+        for name, packed in self.packed.items():
+            if tied not in packed.canonical:
+                found[self._places[name][0]].append(packed)
+        return found
+
     def packed_of(self, block: Block) -> list[Packed]:
         """Packed tensors of one block, or of the stem (without a tied head)."""
-        tied = canonical_name(None, "head", "weight") if self.sizes.tied else ""
-        return [p for n, p in self.packed.items() if self._block_of[n] == block and tied not in p.canonical]
+        return self._by_place[block]
 
     def tensors_of(self, block: Block) -> list[CanonicalTensor]:
         """Canonical tensors of one block, or of the stem (without a tied head)."""
         return [self.tensors[name] for packed in self.packed_of(block) for name in packed.canonical]
 
+    def roles_of(self, block: Block) -> set[str]:
+        """Roles that are present in one place."""
+        return {tensor.role for tensor in self.tensors_of(block)}
+
+    @property
+    def embedding_gain(self) -> float:
+        """What the stock class multiplies token embeddings by, as far as it depends on the width of the stream."""
+        return math.sqrt(self._size("residual")) if self.family.scaled_embedding else 1.0
+
+    @property
+    def query_heads(self) -> int:
+        """Query heads of a block, the largest number of any."""
+        return max((block.kv * block.group for block in self.sizes.blocks), default=0)
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
     def module_of(self, role: str, block: Block) -> str:
         """Name of the stock module that holds a role."""
         wanted = canonical_name(block, role, "weight")
-        for name, packed in self.packed.items():
+        for packed in self.packed_of(block):
             if wanted in packed.canonical:
-                return name.removesuffix(".weight")
+                return packed.name.removesuffix(".weight")
         raise InternalError("no-role", f"module of role {role!r} in {self.family.model_type}", "there is none")
 
-    # -- other sizes -----------------------------------------------------------------------------------------------
+    def norms_on_stream(self, block: Block) -> list[str]:
+        """Roles of the norms that read the stream in one block, in the order of the forward pass."""
+        return [role for role in ("attention_norm", "ffn_norm") if role in self.roles_of(block)]
 
-    def problems(self, sizes: Sizes, itemsize: int) -> list[str]:
-        """Why the stock class does not admit ``sizes`` (empty: it does).
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and FFN of a block read the same stream and add to it together."""
+        return self.family.parallel is not None and holds(self.family.parallel, self.config)
 
-        Args:
-            itemsize: bytes of a weight, for row alignment.
-        """
-        found = []
-        for kind in ("residual", "ffn", "kv", "blocks"):
-            if sizes.uniform(kind) is None:
-                found.append(f"the native layout wants one {kind} size for all blocks")
-            elif sizes.uniform(kind) != self.sizes.uniform(kind):
-                found += self.refusals(kind)
-        for rule in self.family.constraints:
-            width = sizes.uniform(rule.size) or 0
-            changed = sizes != self.sizes
-            divisor = _heads(sizes) if rule.multiple_of else -(-(rule.multiple_of_bytes or 1) // itemsize)
-            if changed and width % divisor:
-                found.append(f"{rule.size} {width} is not a multiple of {divisor}: {rule.why}")
-        return found
+    @property
+    def shortcut_roles(self) -> list[str]:
+        """The changes of basis in a block: behind the attention and behind the FFN, or one behind both."""
+        return ["attention_shortcut"] if self.parallel else ["attention_shortcut", "ffn_shortcut"]
 
-    def refusals(self, kind: str) -> list[str]:
-        """Why the native layout cannot change ``kind`` at all (empty: it can)."""
-        reasons = [
-            rule.why
-            for rule in self.family.fixed
-            if rule.size == kind and (rule.when is None or getattr(self.config, rule.when, False))
-        ]
-        if kind == "residual" and self.unmapped:
-            reasons.append(f"the family file does not describe {', '.join(sorted(self.unmapped))}")
-        return reasons
-
-    def native(self, kind: str) -> tuple[str, str]:
-        """What the native layout makes of a cut of ``kind`` (exact, exact with 1 extra dimension, refused), and why."""
-        reasons = self.refusals(kind)
-        if reasons:
-            return "refused", "; ".join(reasons)
-        concerns = {"kv": "heads"}.get(kind, kind)
-        limits = [rule.why for rule in self.family.constraints if concerns in (rule.size, rule.multiple_of)]
-        spare = kind == "residual" and self.family.norm == "layer"
-        return "exact with 1 extra dimension" if spare else "exact", "; ".join(limits)
-
-    def resized(self, sizes: Sizes, kept_blocks: Iterable[int] | None = None) -> Architecture:
-        """The architecture at other sizes, through a rewritten stock configuration.
-
-        Args:
-            sizes: new sizes, uniform over the blocks.
-            kept_blocks: surviving blocks in order, for a depth cut.
-        """
-        raw = copy.deepcopy(self.raw)
-        depth = len(self.sizes.blocks)
-        kept = list(range(depth)) if kept_blocks is None else list(kept_blocks)
-        wanted = {
-            "residual": sizes.residual,
-            "ffn": sizes.blocks[0].ffn if sizes.blocks else 0,
-            "kv": sizes.blocks[0].kv if sizes.blocks else 0,
-            "heads": _heads(sizes),
-            "head": sizes.head,
-            "blocks": len(sizes.blocks),
-        }
-        current = {
-            "residual": self.sizes.residual,
-            "ffn": self.sizes.blocks[0].ffn,
-            "kv": self.sizes.blocks[0].kv,
-            "heads": _heads(self.sizes),
-            "blocks": depth,
-        }
-        for key, value in wanted.items():
-            name = self.family.sizes.get(key)
-            if name and (key == "head" or value != current[key]):
-                raw[name] = value
-        if "word_embed_proj_dim" in raw and sizes.residual != self.sizes.residual:
-            raw["word_embed_proj_dim"] = sizes.residual
-        if sizes.tied != self.sizes.tied:
-            raw["tie_word_embeddings"] = sizes.tied
-        if len(kept) != depth:
-            for name, value in self.config.to_dict().items():
-                # lists over the layers, also those the class derives from their indices, follow the survivors
-                if isinstance(value, list) and len(value) == depth:
-                    raw[name] = [value[i] for i in kept]
-        return Architecture(raw, self.family)
-
-
-def _heads(sizes: Sizes) -> int:
-    return (sizes.blocks[0].kv if sizes.blocks else 0) * sizes.heads_per_kv
+    def writer_of(self, role: str, block: Block) -> str:
+        """The module whose output the stream takes up where a shortcut is."""
+        if role == "attention_shortcut":
+            return self.module_of("out", block)
+        for packed in self.packed_of(block):
+            written = self.tensors[packed.canonical[0]]
+            if written.role == "down" and written.kind == "weight":
+                module = packed.name.removesuffix(".weight")
+                # experts are weighed and added up by the module around them
+                return module if written.expert is None else module.rsplit(".", 2)[0]
+        raise InternalError("no-role", f"the writer of the FFN in block {block}", "there is none")

@@ -1,8 +1,8 @@
 """Packed tensors: how the stock class and the file on disk fuse, stack and transpose canonical matrices.
 
 Canonical tensors are [out, in] matrices (and biases), one per role and expert. A packed tensor holds several of
-them: ``c_attn`` holds [q; k; v] transposed, ``experts.gate_up_proj`` stacks [gate; up] of every expert. ``pack`` and
-``unpack`` are exact inverses.
+them: ``c_attn`` holds [q; k; v] transposed, ``query_key_value`` the same by heads in turn, ``experts.gate_up_proj``
+    stacks [gate; up] of every expert. ``pack`` and ``unpack`` are exact inverses.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ class Packed:
         parts: canonical names, [stack][concatenated along the written axis]; one stack unless ``stacked``.
         stacked: whether dimension 0 runs over the experts.
         transposed: whether each matrix is stored [in, out].
+        turn: (part, rows) where the parts take turns: of that part, so many rows belong to one turn, and of the others
+            as many as make the same number of turns. None: one part after the other.
     """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     stacked: bool = False
     transposed: bool = False
+    turn: tuple[int, int] | None = None
 
     @property
     def canonical(self) -> tuple[str, ...]:
@@ -49,17 +52,29 @@ class Packed:
         groups = []
         for names in self.parts:
             pieces = [tensors[name] for name in names]
-            matrix = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            if self.turn is not None:
+                part, rows = self.turn
+                turns = pieces[part].shape[0] // rows
+                rest = pieces[0].shape[1:]
+                matrix = torch.cat([p.reshape(turns, -1, *rest) for p in pieces], 1).flatten(0, 1)
+            else:
+                matrix = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             groups.append(matrix.t() if self.transposed and matrix.ndim == 2 else matrix)
         return (torch.stack(groups) if self.stacked else groups[0]).contiguous()
 
     def unpack(self, tensor: Tensor, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
-        """Canonical tensors, as views of ``tensor``."""
+        """Canonical tensors, as views of ``tensor`` unless they take turns in it."""
         result: dict[str, Tensor] = {}
         for index, names in enumerate(self.parts):
             matrix = tensor[index] if self.stacked else tensor
             if self.transposed and matrix.ndim == 2:
                 matrix = matrix.t()
-            pieces = torch.split(matrix, [shapes[name][0] for name in names])
+            lengths = [shapes[name][0] for name in names]
+            if self.turn is not None:
+                turns = lengths[self.turn[0]] // self.turn[1]
+                split = torch.split(matrix.reshape(turns, -1, *matrix.shape[1:]), [n // turns for n in lengths], 1)
+                pieces = [piece.flatten(0, 1) for piece in split]
+            else:
+                pieces = list(torch.split(matrix, lengths))
             result.update(zip(names, pieces, strict=True))
         return result

@@ -7,63 +7,165 @@ A family names, once, which module of the stock transformers class plays which r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from secateur.errors import RequestError, near
+from secateur.families.sizes import Kind
 
-Size = Literal["residual", "ffn", "kv", "blocks"]
 LoadStatus = Literal["expected", "no", "unknown"]
+When = dict[str, Any]
+"""A condition on a configuration: the values of its keys (dotted where they lie deeper), all of which must hold."""
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Experts(_Part):
-    """A parameter that stacks the same roles of all experts: [experts, rows of the roles, columns]."""
+class Entry(_Part):
+    """What one module or parameter of a block holds.
 
-    experts: tuple[str, ...]
+    Attributes:
+        roles: of its rows, one part after the other.
+        experts: whether it stacks them for all experts: [experts, rows, columns].
+        shared: whether they belong to the expert that every token visits.
+        turns: the rows of the parts take turns, by ``kv`` group or by ``ffn`` neuron.
+        transposed: whether it is stored [in, out]; None: as the family says.
+        kind: of a parameter that is not called ``weight`` or ``bias``.
+    """
+
+    roles: tuple[str, ...]
+    experts: bool = False
+    shared: bool = False
+    turns: Literal["kv", "ffn"] | None = None
+    transposed: bool | None = None
+    kind: Literal["weight", "bias"] = "weight"
+
+
+def _entry(value: Any) -> Any:
+    """A role or a list of roles is an entry with nothing else to say."""
+    if isinstance(value, str):
+        return {"roles": (value,)}
+    if isinstance(value, list | tuple):
+        return {"roles": tuple(value)}
+    if isinstance(value, dict) and isinstance(value.get("roles"), str):
+        return {**value, "roles": (value["roles"],)}
+    return value
+
+
+Table = dict[str, Annotated[Entry, BeforeValidator(_entry)]]
 
 
 class Constraint(_Part):
     """A width the stock class refuses: ``size`` must be a multiple of another size, or its rows of some bytes."""
 
-    size: Size
+    size: Kind
     multiple_of: Literal["heads"] | None = None
     multiple_of_bytes: int | None = None
     why: str
 
 
 class Fixed(_Part):
-    """A size that the native layout cannot change (``when`` the named configuration flag is set, if given)."""
+    """A size that no layout can change, or only the per-layer one, where ``when`` holds."""
 
-    size: Size
-    when: str | None = None
+    size: Kind
+    when: When = Field(default_factory=dict)
+    native_only: bool = False
     why: str
 
 
+class DenseBlocks(_Part):
+    """Which blocks of a model with experts have none, as its configuration says.
+
+    Attributes:
+        listed: key with the list of their indices.
+        step: key that gives every how many blocks one has experts.
+        first: key with the number of leading ones.
+    """
+
+    listed: str | None = None
+    step: str | None = None
+    first: str | None = None
+
+
+class Variant(_Part):
+    """Changes that hold where ``when`` does; mappings are merged into the family's."""
+
+    when: When
+    change: dict[str, Any]
+
+
 class Family(_Part):
-    """Everything Secateur knows about one architecture."""
+    """Everything Secateur knows about one architecture.
+
+    Attributes:
+        blocks: name of the module list.
+        norm: kind of the norms on the stream.
+        norm_offset: what the stock class adds to a norm's weight before it multiplies with it.
+        scaled_embedding: whether the stock class multiplies token embeddings by the root of the stream's width.
+        parallel: when attention and FFN of a block read the same stream and add to it together (``{}``: always).
+        transposed: whether the blocks' matrices are stored [in, out].
+        stem, block: what each module holds.
+        disk: names on disk that differ from the module's.
+        sizes: configuration key of each size (``blocks``, ``residual``, ``ffn``, ``expert_ffn``, ``shared``, ``kv``,
+            ``heads``, ``head``, ``experts``, ``active_experts``), or the number itself. Without ``head``, the head
+            size is tied to the stream's width.
+        defaults: what a size is, times the width of the stream, where the configuration is silent.
+        dense_blocks: where a model with experts has blocks without.
+        branch_multiplier: configuration key of what a block multiplies its branches by before they join the stream.
+        attributes: what the forward pass of a module in a block reads from itself besides its parameters: axis by
+            attribute by module, set where a layer differs from the configuration (``config.X``: from its
+            configuration).
+        constraints, fixed: what the stock class refuses.
+        variants: the first whose condition holds changes the family.
+        loads_in: other runtimes.
+    """
 
     model_type: str
     like: str | None = None
     blocks: str
     norm: Literal["rms", "layer"]
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    parallel: When | None = None
     transposed: bool = False
-    stem: dict[str, str]
-    block: dict[str, str | tuple[str, ...] | Experts]
+    stem: Table
+    block: Table
     disk: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
-    sizes: dict[str, str]
+    sizes: dict[str, str | int]
     defaults: dict[str, int] = Field(default_factory=dict)
+    dense_blocks: DenseBlocks | None = None
+    branch_multiplier: str | None = None
+    attributes: dict[str, dict[str, str]] = Field(default_factory=dict)
     constraints: tuple[Constraint, ...] = ()
     fixed: tuple[Fixed, ...] = ()
+    variants: tuple[Variant, ...] = ()
     loads_in: dict[str, LoadStatus] = Field(default_factory=dict)
+
+    def of(self, config: Any) -> Family:
+        """This family as it is for one configuration."""
+        for variant in self.variants:
+            if holds(variant.when, config):
+                raw = _merge(self.model_dump(exclude={"variants"}), variant.change)
+                return Family.model_validate(raw)
+        return self
+
+
+def holds(when: When, config: Any) -> bool:
+    """Whether a condition holds for a configuration."""
+    for key, wanted in when.items():
+        found = config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else getattr(found, part, None)
+        if found != wanted:
+            return False
+    return True
 
 
 def _folder() -> Path:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import refuse
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+_NOT_STOCK = ("per_layer_config", "auto_map")
 
 
 @contextlib.contextmanager
@@ -34,7 +38,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def stock_config(raw: Mapping[str, Any]) -> Any:
-    """The stock configuration object of a ``config.json``'s content.
+    """The stock configuration object of a ``config.json``'s content, without differences between layers.
 
     Raises:
         RequestError: the stock class does not accept it.
@@ -44,7 +48,7 @@ def stock_config(raw: Mapping[str, Any]) -> Any:
     kind = CONFIG_MAPPING[str(raw["model_type"])]
     try:
         with quiet_transformers():
-            return kind.from_dict(dict(raw))
+            return kind.from_dict({key: value for key, value in raw.items() if key not in _NOT_STOCK})
     except Exception as error:  # the classes validate with many exception types
         message = " ".join(str(error).split())
         refuse("bad-config", f"configuration for {kind.__name__}", message or type(error).__name__)
@@ -76,18 +80,41 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def skeleton_model(config: Any, dtype: torch.dtype) -> Any:
-    """The stock model with its matrices on meta and its computed buffers (rotary tables) real."""
+def skeleton_model(config: Any, dtype: torch.dtype, resize: dict[str, Any] | None = None) -> Any:
+    """The stock model with its matrices on meta and its computed buffers (rotary tables) real.
+
+    Args:
+        resize: how its layers differ from the configuration (``layer_record``).
+    """
     quiet = copy.deepcopy(config)
     for extra in ("output_router_logits", "output_hidden_states", "output_attentions"):
         if getattr(quiet, extra, False):  # outputs of the whole model, which blocks run one by one do not feed
             setattr(quiet, extra, False)
-    return _build(quiet, _EmptyOnMeta, dtype)
+    model = _build(quiet, _EmptyOnMeta, dtype)
+    if resize is not None:
+        from secateur.families.modeling_secateur import resize as apply
+
+        apply(model, resize)
+    return model
 
 
 def typed(dtype: torch.dtype) -> dict[str, Any]:
     """Arguments that make a stock class compute in ``dtype``: the fused products of experts know no float64."""
     return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
+
+
+def load_pretrained(folder: Path, per_layer: bool, **options: Any) -> Any:
+    """The model in a folder as transformers loads it, with the bundled modelling file where layers differ.
+
+    Args:
+        options: of ``from_pretrained``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from secateur.families.modeling_secateur import SecateurForCausalLM
+
+    with quiet_transformers():
+        return (SecateurForCausalLM if per_layer else AutoModelForCausalLM).from_pretrained(folder, **options)
 
 
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:

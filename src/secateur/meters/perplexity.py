@@ -22,7 +22,7 @@ from secateur.data.windows import encode, load_tokenizer
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.prepare import LONGEST_WINDOW, context_of
 from secateur.errors import refuse
-from secateur.families.stock import quiet_transformers, typed
+from secateur.families.stock import load_pretrained, typed
 from secateur.meters.memory import available_bytes
 
 Logits = Callable[[Tensor], Tensor]
@@ -84,13 +84,10 @@ def perplexity(checkpoint: Checkpoint, text: Text, dtype: torch.dtype, device: t
 
 
 def load_stock(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """The model as plain transformers loads it."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder.path, **typed(dtype), local_files_only=True
-        )
+    """The model as transformers loads it."""
+    model: torch.nn.Module = load_pretrained(
+        checkpoint.folder.path, checkpoint.architecture.per_layer, **typed(dtype), local_files_only=True
+    )
     return model.to(device).eval()
 
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.errors import refuse
-from secateur.families import Block, Sizes
+from secateur.families import Block, Layout, Sizes
 from secateur.plans import Artifact, Plan
-from secateur.spaces import BlockView, Kind, Space, spaces_of
+from secateur.spaces import BlockView, Kind, Space, all_spaces
 
 Output = Literal["dense", "dense-per-layer", "zeros", "factors", "runtime", "index"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -55,10 +54,7 @@ class Study:
 
     def spaces(self, kind: Kind) -> list[Space]:
         """All spaces of a kind, in the order of the blocks."""
-        sizes = self.budget.sizes
-        if kind in ("residual", "blocks"):
-            return spaces_of(sizes, kind)
-        return [space for place in range(len(sizes.blocks)) for space in spaces_of(sizes, kind, place)]
+        return all_spaces(self.budget.sizes, kind)
 
 
 class Method(BaseModel):
@@ -95,6 +91,10 @@ class Method(BaseModel):
         """Roles whose tensors ``score`` reads; None for all, empty for none."""
         return ()
 
+    def in_layout(self, layout: Layout) -> Self:
+        """This method with the options that follow from the layout of the output."""
+        return self
+
     def files(self) -> dict[str, str]:
         """Artifacts of earlier runs that the options name: paths by name, loaded by the engine."""
         return {}
@@ -114,10 +114,7 @@ class Method(BaseModel):
     def _solve(self, budget: Budget, kind: Kind, base: Sizes | None = None) -> Sizes:
         if self.sparsity is None:
             return budget.solve(kind, base)
-        present = budget.sizes.uniform(kind)
-        if present is None:
-            refuse("not-uniform", f"sparsity of {kind}", "the blocks of this model differ in it")
-        return budget.at(kind, int((1 - self.sparsity) * present), base)
+        return budget.at(kind, int((1 - self.sparsity) * budget.sizes.size(kind)), base)
 
 
 def keep_best(scores: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.families.roles import MATRICES
-from secateur.families.sizes import UNIT_OF_AXIS
+from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.methods.base import Study
 from secateur.methods.selection import Selection
 from secateur.scores.norms import squares_along, unit_energy
@@ -35,12 +35,13 @@ class Magnitude(Selection):
         """The matrices that a unit runs through; all where it runs through all."""
         if self.cuts in ("residual", "blocks"):
             return None
-        return tuple(role for role, axes in MATRICES.items() if self.cuts in map(UNIT_OF_AXIS.get, axes))
+        cut = {axis for axis, kinds in KINDS_OF_AXIS.items() if self.cuts in kinds}
+        return tuple(role for role, axes in MATRICES.items() if cut.intersection(axes))
 
     def _counts(self, member: Member) -> bool:
         if self.of == "reader":
             return not member.writes
-        first = {"ffn": ("gate", "up"), "kv": ("q",), "residual": ("embedding",)}.get(self.cuts, ())
+        first = {"ffn": ("gate", "up"), "kv": ("q",), "heads": ("q",), "residual": ("embedding",)}.get(self.cuts, ())
         return self.of == "group" or (member.writes and member.tensor.role in first)
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:

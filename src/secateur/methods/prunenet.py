@@ -16,7 +16,7 @@ from secateur.methods.base import Method, Study
 from secateur.plans import Artifact, Plan
 from secateur.scores.learning import train
 from secateur.scores.policy import Policy, PolicyOptions
-from secateur.spaces import Space
+from secateur.spaces import Space, all_spaces
 
 POLICY = "prunenet-policy"
 _STATE = ("gate", "up")  # the first FFN matrix is the first of these: gate_proj where the FFN is gated, else fc1
@@ -39,8 +39,7 @@ class PruneNet(Method, PolicyOptions):
     def decide(self, study: Study) -> Plan:
         """Train the policy on all matrices (or take a trained one), then keep the rows it selects."""
         after, spaces = self.sizes(study.budget), study.spaces("ffn")
-        count = after.uniform("ffn")
-        assert count is not None
+        counts = [space.size for space in all_spaces(after, "ffn")]
         loaders = [partial(_matrix, study, space) for space in spaces]
         notes: dict[str, float] = {}
 
@@ -51,8 +50,11 @@ class PruneNet(Method, PolicyOptions):
         if POLICY in study.artifacts:
             policy = self._trained(study.artifacts[POLICY])
         else:
-            policy = train(loaders, count / spaces[0].size, self, study.generator, told)
-        kept = {s.name: policy.select(load(), count, study.generator) for s, load in zip(spaces, loaders, strict=True)}
+            policy = train(loaders, counts[0] / spaces[0].size, self, study.generator, told)
+        kept = {
+            space.name: policy.select(load(), count, study.generator)
+            for space, load, count in zip(spaces, loaders, counts, strict=True)
+        }
         return Plan(
             study.budget.sizes,
             after,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 from torch import Tensor
 
@@ -11,13 +9,13 @@ from secateur.budgets import Budget
 from secateur.families import Sizes
 from secateur.methods.base import Method, Study, keep_best
 from secateur.plans import Plan
-from secateur.spaces import Kind, Space
+from secateur.spaces import Kind, Space, all_spaces
 
 
 class Selection(Method):
     """Keep the best units of every space of one kind."""
 
-    spaces: Literal["ffn", "kv", "residual", "blocks"] = Field("ffn", description="what the units are")
+    spaces: Kind = Field("ffn", description="what the units are")
 
     @property
     def cuts(self) -> Kind:
@@ -32,10 +30,12 @@ class Selection(Method):
         raise NotImplementedError
 
     def decide(self, study: Study) -> Plan:
-        after = self.sizes(study.budget)
-        count = after.uniform(self.cuts)
-        assert count is not None
-        if self.cuts == "residual" and study.budget.architecture.family.norm == "layer":
-            count -= 1  # the spare dimension that keeps the stream free of a mean
-        kept = {space.name: keep_best(self.unit_scores(study, space), count) for space in study.spaces(self.cuts)}
-        return Plan(study.budget.sizes, after, kept)
+        before, after = study.budget.sizes, self.sizes(study.budget)
+        kept = {}
+        for space, left in zip(study.spaces(self.cuts), all_spaces(after, self.cuts), strict=True):
+            # of a stream without a mean, one dimension goes to keeping it so
+            count = left.size - (before.mean_free if self.cuts == "residual" else 0)
+            kept[space.name] = keep_best(self.unit_scores(study, space), count)
+        if self.cuts == "blocks":
+            after = before.kept_blocks([int(i) for i in kept["blocks"]])
+        return Plan(before, after, kept)

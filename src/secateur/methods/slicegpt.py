@@ -1,21 +1,24 @@
 """SliceGPT: delete directions of the residual stream after a PCA rotation (ICLR 2024, arXiv:2401.15024).
 
-The paper rotates every block's interface by its own PCA and pays with two shortcut matrices per block. In the native
-layout one rotation is shared by all blocks: the PCA of the sum of the interfaces' trace-normalised Grams. No shortcut
-is left and the result is a stock model with a smaller ``hidden_size``.
+The paper rotates every interface (what a norm reads) by a PCA of its own and pays with a shortcut matrix from each to
+the next: the per-layer layout. In the native layout one rotation is shared by all: the PCA of the sum of the
+interfaces' trace-normalised Grams. No shortcut is left and the result is a stock model with a smaller ``hidden_size``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.families import Sizes
+from secateur.cuts.stream import SHARED, interfaces
+from secateur.errors import refuse
+from secateur.families import Layout, Sizes, place_name
 from secateur.methods.base import Method, Study, keep_best
 from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
@@ -48,21 +51,36 @@ class SliceGpt(Method):
         "pca", description="orientation inside the surviving subspace; random spreads energy, the function is the same"
     )
 
+    rotation: Literal["auto", "shared", "each"] = Field(
+        "auto",
+        description="one rotation for all interfaces, or each its own with shortcuts between them (per-layer layout "
+        "only, and the default there)",
+    )
+
     @property
     def cuts(self) -> Kind:
         return "residual"
 
+    def in_layout(self, layout: Layout) -> Self:
+        if self.rotation == "each" and layout == "native":
+            asked = "slicegpt with rotation=each in the native layout"
+            refuse("not-native", asked, "stock classes have no place for shortcuts", "--layout per-layer")
+        if self.rotation != "auto":
+            return self
+        return self.model_copy(update={"rotation": "each" if layout == "per-layer" else "shared"})
+
     def _selects(self, budget: Budget) -> bool:
-        return self.basis == "subset" and budget.architecture.family.norm == "rms"
+        return self.basis == "subset" and self.rotation != "each" and budget.architecture.family.norm == "rms"
 
     def _keeps_tie(self, budget: Budget) -> bool:
         """Whether one table goes on serving as embedding and head."""
-        if not budget.sizes.tied or budget.architecture.family.norm == "layer":
+        if not budget.sizes.tied or budget.sizes.mean_free or self.rotation == "each":
             return False
         return self.tie == "keep" or self.basis == "subset"
 
     def sizes(self, budget: Budget) -> Sizes:
         base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
+        base = replace(base, shortcuts=base.shortcuts or self.rotation == "each")
         if self.sparsity is None:
             return budget.solve("residual", base)
         width = int((1 - self.sparsity) * budget.sizes.residual)
@@ -73,7 +91,9 @@ class SliceGpt(Method):
         return 1 / max(float(gram.trace()), 1e-30)
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted sum of the Grams of the place's norm inputs, [width, width]."""
+        """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared."""
+        if self.rotation == "each":
+            return {f"{place_name(view.place)}.{norm}": gram for norm, gram in evidence.items()}
         return {"stream": torch.stack([gram * self.interface_weight(gram) for gram in evidence.values()]).sum(0)}
 
     def basis_of(self, gram: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -91,20 +111,66 @@ class SliceGpt(Method):
 
     def decide(self, study: Study) -> Plan:
         budget, after = study.budget, self.sizes(study.budget)
+        count = after.residual - after.mean_free
+        if self.rotation == "each":
+            return Plan(budget.sizes, after, bases=_Rotations(self, study, count))
         gram = torch.zeros(budget.sizes.residual, budget.sizes.residual, dtype=torch.float64)
         for part in study.summaries["stream"]:
             gram += part
         if self._selects(budget):
             return Plan(budget.sizes, after, {"residual": keep_best(gram.diagonal(), after.residual)})
-        mean_free = budget.architecture.family.norm == "layer"
-        if mean_free:  # what a LayerNorm sees has no mean
-            gram = gram - gram.mean(0)
-            gram = gram - gram.mean(1, keepdim=True)
-        directions = self.basis_of(gram, after.residual - int(mean_free), study.generator)
+        if after.mean_free:
+            gram = _centred(gram)
+        directions = self.basis_of(gram, count, study.generator)
         explained = float(torch.einsum("dk,de,ek->", directions, gram, directions) / gram.trace())
         if self.orientation == "random":
             directions = directions @ _random_orthogonal(directions.shape[1], study.generator)
-        return Plan(budget.sizes, after, basis=directions.contiguous(), notes={"kept_energy": round(explained, 6)})
+        bases = {SHARED: directions.contiguous()}
+        return Plan(budget.sizes, after, bases=bases, notes={"kept_energy": round(explained, 6)})
+
+
+class _Rotations(Mapping[str, Tensor]):
+    """The rotation of every interface, computed when asked for; asked in order, each is computed once.
+
+    A rotation is free up to an orthogonal map of what survives. With Q' the rotation before, that map is chosen so
+    that the shortcut Q'^T Q is lower triangular (LQ decomposition): half of it need not be stored.
+    """
+
+    def __init__(self, method: SliceGpt, study: Study, count: int) -> None:
+        self._method, self._study, self._count = method, study, count
+        self._names = interfaces(study.budget.architecture)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last is None or self._last[0] != name:
+            index = self._names.index(name)
+            before = self[self._names[index - 1]] if index else None
+            self._last = (name, self._rotation(name, before))
+        return self._last[1]
+
+    def _rotation(self, name: str, before: Tensor | None) -> Tensor:
+        gram = torch.stack(list(self._study.summaries[name])).sum(0)
+        if self._study.budget.sizes.mean_free:
+            gram = _centred(gram)
+        directions = self._method.basis_of(gram, self._count, self._study.generator)
+        if before is None:
+            return directions.contiguous()
+        gauge: Tensor = torch.linalg.qr((before.t() @ directions).t()).Q
+        return (directions @ gauge).contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _centred(gram: Tensor) -> Tensor:
+    """Gram of a signal without its mean: what a LayerNorm sees."""
+    gram = gram - gram.mean(0)
+    return gram - gram.mean(1, keepdim=True)
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:

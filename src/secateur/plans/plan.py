@@ -1,22 +1,24 @@
-"""The plan: kept units per space, an optional basis of the residual stream, sizes before and after."""
+"""The plan: kept units per space, optional bases of the residual stream, sizes before and after."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.checkpoints import TensorHeader, TensorWriter
 from secateur.errors import InternalError, refuse
-from secateur.families import BlockSizes, Sizes
+from secateur.families import Sizes
+from secateur.families.resizing import sizes_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,31 @@ class Artifact:
         return cls(tensors, content)
 
 
+_BASES = "plan-bases.safetensors"
+
+
+class _Bases(Mapping[str, Tensor]):
+    """Tensors of a file, loaded on access."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as handle:
+            self._names = list(handle.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as handle:
+            found: Tensor = handle.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a method decided.
@@ -68,8 +95,9 @@ class Plan:
         before: sizes of the dense model.
         after: sizes of the pruned one.
         kept: kept unit indices of every cut space, int64 ascending, by space name; ``blocks`` for a depth cut.
-        basis: orthonormal directions of the residual stream that survive, [width, kept] float64; None where the stream
-            is cut by selection (``kept["residual"]``) or not at all.
+        bases: orthonormal directions of the residual stream that survive, [width, kept] float64: one called
+            ``residual`` for all norms, or one for each (``cuts.stream.interfaces``), loaded on access; none where the
+            stream is cut by selection (``kept["residual"]``) or not at all.
         notes: what the method wants the report to say, JSON-able.
         artifacts: what the method learned and a later run can reuse, by name; saved into the output folder.
     """
@@ -77,7 +105,7 @@ class Plan:
     before: Sizes
     after: Sizes
     kept: Mapping[str, Tensor] = field(default_factory=dict)
-    basis: Tensor | None = None
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
 
@@ -95,8 +123,6 @@ class Plan:
     def save(self, folder: Path) -> str:
         """Write ``plan.safetensors`` and ``plan.json``; returns the SHA-256 over both."""
         tensors = {f"kept.{name}": indices.contiguous() for name, indices in self.kept.items()}
-        if self.basis is not None:
-            tensors["basis"] = self.basis.contiguous()
         # a plan without tensors still writes the file, so that a half-written plan is told apart
         save_file(tensors or {"empty": torch.zeros(0)}, folder / "plan.safetensors")
         record = {
@@ -107,6 +133,13 @@ class Plan:
         }
         for name, artifact in self.artifacts.items():
             artifact.save(folder, name)
+        if self.bases:  # one at a time: together they may be larger than the model
+            shape = (self.before.residual, self.after.residual - self.after.mean_free)
+            writer = TensorWriter(
+                folder, [TensorHeader(name, _BASES, "F64", shape) for name in self.bases], index=False
+            )
+            for name in self.bases:
+                writer.write(name, self.bases[name])
         (folder / "plan.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return self.digest(folder)
 
@@ -114,8 +147,10 @@ class Plan:
     def digest(folder: Path) -> str:
         """SHA-256 over a saved plan."""
         sha = hashlib.sha256()
-        for name in ("plan.safetensors", "plan.json"):
-            sha.update((folder / name).read_bytes())
+        for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    sha.update(hashlib.file_digest(handle, "sha256").digest())
         return sha.hexdigest()
 
     @classmethod
@@ -125,15 +160,10 @@ class Plan:
         tensors = load_file(folder / "plan.safetensors")
         kept = {name.removeprefix("kept."): t for name, t in tensors.items() if name.startswith("kept.")}
         return cls(
-            before=_sizes(record["before"]),
-            after=_sizes(record["after"]),
+            before=sizes_of(record["before"]),
+            after=sizes_of(record["after"]),
             kept=kept,
-            basis=tensors.get("basis"),
+            bases=_Bases(folder / _BASES) if (folder / _BASES).is_file() else {},
             notes=record["notes"],
             artifacts={name: Artifact.load(folder / f"{name}.safetensors") for name in record["artifacts"]},
         )
-
-
-def _sizes(record: dict[str, Any]) -> Sizes:
-    blocks = tuple(BlockSizes(**block) for block in record.pop("blocks"))
-    return Sizes(blocks=blocks, **record)

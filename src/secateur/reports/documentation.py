@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from secateur.families import Architecture, family_names
+from secateur.families import LAYOUTS, Architecture, family_names
+from secateur.families.limits import verdict
 from secateur.families.stock import example_config
 from secateur.methods.registry import describe_method, method_names
 from secateur.reports.markdown import table
@@ -40,7 +41,7 @@ def families_table() -> str:
     rows = []
     for name in family_names():
         architecture = Architecture(example_config(name))
-        rows += [[name, kind, "native", *architecture.native(kind)] for kind in KINDS]
+        rows += [[name, kind, layout, *verdict(architecture, kind, layout)] for kind in KINDS for layout in LAYOUTS]
     return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
 
 

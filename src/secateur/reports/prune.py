@@ -18,7 +18,7 @@ def _sizes_table(record: dict[str, Any]) -> str:
     rows.append(["blocks", *change(len(before["blocks"]), len(after["blocks"]))])
     for key, label in (("ffn", "FFN neurons"), ("kv", "key/value heads")):
         rows.append([f"{label} per block", *change(before["blocks"][0][key], after["blocks"][0][key])])
-    heads = [side["blocks"][0]["kv"] * side["heads_per_kv"] for side in (before, after)]
+    heads = [side["blocks"][0]["kv"] * side["blocks"][0]["group"] for side in (before, after)]
     rows.append(["query heads per block", *change(*heads)])
     rows.append(["tied embeddings", before["tied"], after["tied"], "-"])
     return table(["size", "before", "after", "kept"], rows)

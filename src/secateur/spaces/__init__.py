@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from secateur.families import Architecture, Block, CanonicalTensor, Sizes, canonical_name
+from secateur.families import Architecture, Block, CanonicalTensor, Expert, Kind, Sizes, canonical_name
 from secateur.families.roles import TABLES
-from secateur.families.sizes import UNIT_OF_AXIS
+from secateur.families.sizes import KINDS_OF_AXIS
 
-Kind = Literal["ffn", "kv", "residual", "blocks"]
+__all__ = ["KINDS", "BlockView", "Kind", "Member", "Space", "all_spaces", "space_name", "spaces_of"]
+
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -21,8 +22,10 @@ class Space:
     """Interchangeable units of one kind.
 
     Attributes:
-        name: ``blocks.I.ffn``, ``blocks.I.experts.E.ffn``, ``blocks.I.kv``, ``residual`` or ``blocks``.
-        kind: what its units are: FFN neurons, KV-head groups with their query heads, residual dimensions, blocks.
+        name: ``blocks.I.ffn``, ``blocks.I.experts.E.ffn``, ``blocks.I.kv``, ``blocks.I.heads``, ``residual`` or
+            ``blocks``.
+        kind: what its units are: FFN neurons, KV-head groups with their query heads, query heads where one key/value
+            head serves all, residual dimensions, blocks.
         size: number of units.
         place: the block it lies in; None for those that span the model.
         expert: the expert it lies in, if any.
@@ -32,7 +35,7 @@ class Space:
     kind: Kind
     size: int
     place: Block = None
-    expert: int | None = None
+    expert: Expert = None
 
 
 def space_name(kind: str, tensor: CanonicalTensor) -> str:
@@ -51,10 +54,24 @@ def spaces_of(sizes: Sizes, kind: Kind, place: Block = None) -> list[Space]:
         return [Space(kind, kind, len(sizes.blocks))]
     if place is None:
         return []
-    size = getattr(sizes.blocks[place], kind)
-    if kind == "ffn" and sizes.experts:
-        return [Space(f"blocks.{place}.experts.{e}.ffn", kind, size, place, e) for e in range(sizes.experts)]
-    return [Space(f"blocks.{place}.{kind}", kind, size, place)]
+    block = sizes.blocks[place]
+    if kind == "heads":
+        return [Space(f"blocks.{place}.heads", kind, block.group, place)] if block.kv == 1 else []
+    if kind == "kv":
+        return [Space(f"blocks.{place}.kv", kind, block.kv, place)]
+    if not block.experts:
+        return [Space(f"blocks.{place}.ffn", kind, block.ffn, place)]
+    experts: list[tuple[Expert, int]] = [(e, block.ffn) for e in range(block.experts)]
+    if block.shared:
+        experts.append(("shared", block.shared))
+    return [Space(f"blocks.{place}.experts.{e}.ffn", kind, size, place, e) for e, size in experts]
+
+
+def all_spaces(sizes: Sizes, kind: Kind) -> list[Space]:
+    """All spaces of a kind, in the order of the blocks."""
+    if kind in ("residual", "blocks"):
+        return spaces_of(sizes, kind)
+    return [space for place in range(len(sizes.blocks)) for space in spaces_of(sizes, kind, place)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ class BlockView:
     def spaces(self, kind: Kind) -> list[Space]:
         return spaces_of(self.architecture.sizes, kind, self.place)
 
-    def matrix(self, role: str, expert: int | None = None) -> Tensor | None:
+    def matrix(self, role: str, expert: Expert = None) -> Tensor | None:
         """The [out, in] matrix of a role, None where the block has none."""
         return self.tensors.get(canonical_name(self.place, role, "weight", expert))
 
@@ -99,6 +116,5 @@ class BlockView:
         for name, values in self.tensors.items():
             tensor = self.architecture.tensors[name]
             for index, axis in enumerate(tensor.axes):
-                kind = UNIT_OF_AXIS.get(axis)
-                if kind == space.kind and space_name(kind, tensor) == space.name:
-                    yield Member(tensor, values, index, sizes.span(axis))
+                if space.kind in KINDS_OF_AXIS.get(axis, ()) and space_name(space.kind, tensor) == space.name:
+                    yield Member(tensor, values, index, sizes.span(axis, space.kind, tensor.block))
