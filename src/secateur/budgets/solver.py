@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from secateur.budgets.costs import Costs
+from secateur.budgets.ranking import GlobalRanking
 from secateur.budgets.targets import Target
 from secateur.errors import InternalError, RequestError, refuse
 from secateur.families import Architecture, Kind, Layout, Sizes
-from secateur.families.limits import problems, refusals
+from secateur.families.limits import grain, problems, refusals
 
 Latency = Callable[[Sizes], float]
 _LARGEST_STEP = 0.01  # of all parameters
@@ -107,7 +111,28 @@ class Budget:
         solutions = [self._nearest(target, candidates, kind) for target in self.targets]
         return min(solutions, key=lambda sizes: sizes.size(kind))
 
-    def _nearest(self, target: Target, candidates: list[Sizes], kind: Kind) -> Sizes:
+    def solve_ranked(self, kind: Kind, scores: Mapping[str, Tensor], keep: float | None = None) -> Sizes:
+        """Sizes of every block from one ranking of all units of a kind, nearest to the target.
+
+        Args:
+            scores: one number per unit, by space.
+            keep: share of all units that stays, instead of the target.
+
+        Raises:
+            RequestError: as ``solve``, or in the native layout, which has one size for all blocks.
+        """
+        if self.layout == "native":
+            asked = "one ranking over all blocks in the native layout"
+            refuse("not-native", asked, "stock classes give all blocks one size", "--layout per-layer")
+        self.reachable(kind, self.sizes)  # refuses what the layout cannot hold
+        multiple = math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+        candidates = GlobalRanking(self.sizes, kind, scores, multiple)
+        if keep is not None:
+            return candidates[int(keep * (len(candidates) - 1))]
+        solutions = [self._nearest(target, candidates, kind) for target in self.targets]
+        return min(solutions, key=self.costs.params)
+
+    def _nearest(self, target: Target, candidates: Sequence[Sizes], kind: Kind) -> Sizes:
         cost = self._cost(target)
         present = cost(self.sizes)
         wanted = target.of(present)
@@ -115,7 +140,7 @@ class Budget:
         above = bisect.bisect_left(candidates, wanted, key=cost)
         neighbours = candidates[max(above - 1, 0) : above + 1]
         best = min(neighbours, key=lambda sizes: (abs(cost(sizes) - wanted), cost(sizes)))
-        reached, index = cost(best), candidates.index(best)
+        reached, index = cost(best), max(above - 1, 0) + neighbours.index(best)
         self.gap = (reached - wanted) / present
         beside = [cost(candidates[i]) for i in (index - 1, index + 1) if 0 <= i < len(candidates)]
         step = max((abs(other - reached) for other in beside), default=0.0)

@@ -186,13 +186,15 @@ class Architecture:
 
     def _add_shortcuts(self) -> None:
         """The maps between the bases of the stream, beside the modules that write it."""
-        for block in range(len(self.sizes.blocks)):
-            for role in self.shortcut_roles:
-                tensor = CanonicalTensor(canonical_name(block, role, "weight"), role, "weight", block, None)
-                self.tensors[tensor.name] = tensor
-                name = f"{self.writer_of(role, block)}.shortcut"
-                self.packed[name] = Packed(name, ((tensor.name,),))
-                self._places[name] = self._place(name)
+        blocks = range(len(self.sizes.blocks))
+        writers = {(block, role): self.writer_of(role, block) for block in blocks for role in self.shortcut_roles}
+        for (block, role), writer in writers.items():
+            tensor = CanonicalTensor(canonical_name(block, role, "weight"), role, "weight", block, None)
+            self.tensors[tensor.name] = tensor
+            name = f"{writer}.shortcut"
+            self.packed[name] = Packed(name, ((tensor.name,),))
+            self._places[name] = self._place(name)
+        del self._by_place  # made when the writers were looked up
 
     def _check_shapes(self) -> None:
         for name, packed in self.packed.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from secateur.families.architecture import Architecture
@@ -78,6 +79,12 @@ def problems(architecture: Architecture, sizes: Sizes, itemsize: int, layout: La
         elif rule.multiple_of_bytes:
             found += _not_multiple(rule.size, sizes, -(-rule.multiple_of_bytes // itemsize), rule.why)
     return found
+
+
+def grain(architecture: Architecture, kind: Kind, itemsize: int) -> int:
+    """What sizes of ``kind`` must be multiples of in every layout."""
+    bytes_of = [rule.multiple_of_bytes or 1 for rule in architecture.family.constraints if rule.size == kind]
+    return math.lcm(*(-(-count // itemsize) for count in bytes_of))
 
 
 def _not_multiple(kind: Kind, sizes: Sizes, divisor: int, why: str) -> list[str]:

@@ -122,6 +122,7 @@ def uniform_config(config: Any) -> Any:
     """The configuration without its differences between layers: what the stock class can be built from."""
     config = copy.deepcopy(config)
     config.per_layer_config = None
+    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
     return config
 
 

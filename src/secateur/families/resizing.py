@@ -12,6 +12,7 @@ from typing import Any
 from secateur.families.architecture import Architecture
 from secateur.families.limits import Layout
 from secateur.families.sizes import BlockSizes, Sizes
+from secateur.families.stock import PER_LAYER_KEYS, accepts
 
 
 def modeling_file() -> Path:
@@ -45,12 +46,14 @@ def resized(
         _write_depth(raw, architecture, kept)
     if layout == "native" and not architecture.per_layer:
         return Architecture(raw, architecture.origin)
-    raw.pop("per_layer_config", None)
+    for key in PER_LAYER_KEYS:
+        raw.pop(key, None)
     made = Architecture(raw, architecture.origin, sizes)
     made.raw |= {"auto_map": {**raw.get("auto_map", {}), **AUTO_MAP}}
-    overrides = _layer_overrides(made)
-    if overrides:
+    if overrides := _layer_overrides(made):
         made.raw["per_layer_config"] = overrides
+        if not accepts(made.raw):  # the stock configuration validates itself with values it says to be ambiguous
+            made.raw["allow_global_per_layer_attribute_access"] = True
     return made
 
 

@@ -17,7 +17,8 @@ from secateur.errors import refuse
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-_NOT_STOCK = ("per_layer_config", "auto_map")
+PER_LAYER_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access")
+"""What a configuration says of layers that differ."""
 
 
 @contextlib.contextmanager
@@ -48,10 +49,22 @@ def stock_config(raw: Mapping[str, Any]) -> Any:
     kind = CONFIG_MAPPING[str(raw["model_type"])]
     try:
         with quiet_transformers():
-            return kind.from_dict({key: value for key, value in raw.items() if key not in _NOT_STOCK})
+            return kind.from_dict({key: value for key, value in raw.items() if key not in (*PER_LAYER_KEYS, "auto_map")})
     except Exception as error:  # the classes validate with many exception types
         message = " ".join(str(error).split())
         refuse("bad-config", f"configuration for {kind.__name__}", message or type(error).__name__)
+
+
+def accepts(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers reads a ``config.json`` of this content, differences between layers included."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        with quiet_transformers():
+            CONFIG_MAPPING[str(raw["model_type"])].from_dict(dict(raw))
+    except Exception:  # the classes validate with many exception types
+        return False
+    return True
 
 
 def example_config(model_type: str) -> dict[str, Any]:

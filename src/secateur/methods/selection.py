@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, Self
+
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.families import Sizes
+from secateur.cuts.stream import SHARED
+from secateur.errors import refuse
+from secateur.families import Layout, Sizes
 from secateur.methods.base import Method, Study, keep_best
 from secateur.plans import Plan
 from secateur.spaces import Kind, Space, all_spaces
@@ -17,9 +22,23 @@ class Selection(Method):
 
     spaces: Kind = Field("ffn", description="what the units are")
 
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="how many units stay in each block: as many in all, or what one ranking of all units leaves, "
+        "scores relative to their block's mean (per-layer layout; ffn, kv, heads)",
+    )
+
     @property
     def cuts(self) -> Kind:
         return self.spaces
+
+    def in_layout(self, layout: Layout) -> Self:
+        if self.allocation == "global" and (layout == "native" or self.cuts in ("residual", "blocks")):
+            asked, found = f"{self.name} with allocation=global", "stock classes give all blocks one size"
+            if self.cuts in ("residual", "blocks"):
+                refuse("bad-option", f"{asked} of {self.cuts}", "there is one space of it only", "leave allocation out")
+            refuse("not-native", f"{asked} in the native layout", found, "--layout per-layer")
+        return self
 
     def sizes(self, budget: Budget) -> Sizes:
         keeps_tie = self.cuts != "residual" or budget.architecture.family.norm == "rms"
@@ -30,12 +49,21 @@ class Selection(Method):
         raise NotImplementedError
 
     def decide(self, study: Study) -> Plan:
-        before, after = study.budget.sizes, self.sizes(study.budget)
+        before, spaces = study.budget.sizes, study.spaces(self.cuts)
+        scores = {space.name: self.unit_scores(study, space) for space in spaces}
+        if self.allocation == "global":
+            keep = None if self.sparsity is None else 1 - self.sparsity
+            after = study.budget.solve_ranked(self.cuts, scores, keep)
+        else:
+            after = self.sizes(study.budget)
         kept = {}
-        for space, left in zip(study.spaces(self.cuts), all_spaces(after, self.cuts), strict=True):
+        for space, left in zip(spaces, all_spaces(after, self.cuts), strict=True):
             # of a stream without a mean, one dimension goes to keeping it so
             count = left.size - (before.mean_free if self.cuts == "residual" else 0)
-            kept[space.name] = keep_best(self.unit_scores(study, space), count)
+            kept[space.name] = keep_best(scores[space.name], count)
+        if self.cuts == "residual" and before.mean_free:  # what survives is carried without its mean: a basis
+            chosen = torch.eye(before.residual, dtype=torch.float64)[:, kept["residual"]]
+            return Plan(before, after, bases={SHARED: chosen})
         if self.cuts == "blocks":
             after = before.kept_blocks([int(i) for i in kept["blocks"]])
         return Plan(before, after, kept)
