@@ -111,6 +111,14 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
     return {
         "magnitude": {"method": "magnitude", "ratio": 0.15},
         "slicegpt": {"method": "slicegpt", "ratio": 0.15, "data": notes, "samples": 8, "length": 16},
+        "rotations": {
+            "method": "slicegpt",
+            "ratio": 0.15,
+            "data": notes,
+            "samples": 8,
+            "length": 16,
+            "layout": "per-layer",
+        },
         "blocks": {"method": "random", "ratio": 0.2, "options": {"spaces": "blocks"}},
     }
 

@@ -20,8 +20,9 @@ from secateur.engine.prepare import (
     resolve_device,
 )
 from secateur.engine.request import PruneRequest, make_request
+from secateur.engine.run import loads_elsewhere
 from secateur.errors import RequestError, SecateurError
-from secateur.methods.base import WORTH, Method
+from secateur.methods.base import Method, worth
 from secateur.spaces import KINDS
 
 
@@ -90,7 +91,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     return {
         "method": method.name,
         "needs_data": method.data != "none",
-        "output_kind": f"{method.output}: {WORTH[method.output]}",
+        "output_kind": worth(method.output, request.layout),
         "sizes": sizes,
         "achieved": achieved,
         "untied": head if dense.tied and not after.tied else 0,
@@ -98,7 +99,10 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "gap": budget.gap,
         "peak_bytes": _peak_estimate(checkpoint, method, request.samples * length),
         "layout": request.layout,
-        "loads_in": {"transformers": "verified at the save", **checkpoint.architecture.family.loads_in},
+        "loads_in": {
+            "transformers": "verified at the save",
+            **loads_elsewhere(checkpoint.architecture.family, request.layout),
+        },
     }
 
 

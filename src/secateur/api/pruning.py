@@ -29,7 +29,7 @@ from secateur.meters.counts import count
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
 from secateur.meters.perplexity import Text, fits, perplexity
-from secateur.methods.base import WORTH
+from secateur.methods.base import worth
 from secateur.reports.prune import write_card, write_report
 
 Model = str | Path | nn.Module
@@ -174,7 +174,7 @@ def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, m
         "peak of the control group": "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
         "device": str(prepared.device),
         "compute type": str(prepared.dtype).removeprefix("torch."),
-        "output": prepared.method.output + ": " + WORTH[prepared.method.output],
+        "output": worth(prepared.method.output, prepared.request.layout),
     }
     write_report(run.result, record, achieved, figures, speed, facts)
     run.publish()

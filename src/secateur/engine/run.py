@@ -22,7 +22,7 @@ from secateur.engine.progress import Progress
 from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
 from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
-from secateur.families import Architecture, Block, resized
+from secateur.families import Architecture, Block, Family, Layout, resized
 from secateur.families.resizing import layer_record, modeling_file
 from secateur.methods.base import Study
 from secateur.plans import Artifact, Plan
@@ -200,9 +200,6 @@ class Run:
         self, plan: Plan, target: Architecture, layout: OutputLayout, digests: dict[str, str], left_behind: list[str]
     ) -> dict[str, Any]:
         prepared = self.prepared
-        loads = dict(self.checkpoint.architecture.family.loads_in)
-        if target.per_layer:  # no other runtime knows layers that differ
-            loads = dict.fromkeys(loads, "no")
         return {
             "secateur": __version__,
             "method": prepared.method.name,
@@ -215,7 +212,7 @@ class Run:
             "data": None if self.windows is None else self.windows.record(),
             "loads_in": {
                 "transformers": f"verified({self.journal.done('verified')[-1]['transformers']})",
-                **{name: loads.get(name, "unknown") for name in ("vllm", "llama.cpp")},
+                **loads_elsewhere(self.checkpoint.architecture.family, prepared.request.layout),
             },
             "passthrough": sorted(header.name for _, header in layout.copies),
             "left_behind": left_behind,
@@ -237,6 +234,13 @@ class Run:
             progress.note(f"the old {output.name} is now {aside.name}")
         result.rename(output)
         shutil.rmtree(work_folder(output))
+
+
+def loads_elsewhere(family: Family, layout: Layout) -> dict[str, str]:
+    """Which other runtimes load an output; none knows layers that differ."""
+    if layout == "per-layer":
+        return dict.fromkeys(("vllm", "llama.cpp"), "no")
+    return {name: family.loads_in.get(name, "unknown") for name in ("vllm", "llama.cpp")}
 
 
 def next_free(folder: Path) -> Path:

@@ -49,7 +49,9 @@ def stock_config(raw: Mapping[str, Any]) -> Any:
     kind = CONFIG_MAPPING[str(raw["model_type"])]
     try:
         with quiet_transformers():
-            return kind.from_dict({key: value for key, value in raw.items() if key not in (*PER_LAYER_KEYS, "auto_map")})
+            return kind.from_dict(
+                {key: value for key, value in raw.items() if key not in (*PER_LAYER_KEYS, "auto_map")}
+            )
     except Exception as error:  # the classes validate with many exception types
         message = " ".join(str(error).split())
         refuse("bad-config", f"configuration for {kind.__name__}", message or type(error).__name__)

@@ -32,6 +32,12 @@ WORTH: Mapping[Output, str] = {
 }
 
 
+def worth(output: Output, layout: Layout) -> str:
+    """Kind of the output and what it is worth; layers that differ make a dense one per-layer."""
+    kind: Output = "dense-per-layer" if output == "dense" and layout == "per-layer" else output
+    return f"{kind}: {WORTH[kind]}"
+
+
 @dataclass
 class Study:
     """What a decision may look at.
