@@ -102,12 +102,13 @@ def change_of_basis(packed: torch.Tensor, mean_free: bool) -> torch.Tensor:
     """
     size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     rows, columns = torch.tril_indices(size, size, device=packed.device)
-    square = packed.new_zeros(size, size).index_put((rows, columns), packed)
-    square = square - torch.eye(size, dtype=packed.dtype, device=packed.device)
+    wide = packed if packed.dtype == torch.float64 else packed.float()
+    square = wide.new_zeros(size, size).index_put((rows, columns), wide)
+    square = square - torch.eye(size, dtype=wide.dtype, device=wide.device)
     if mean_free:
-        plane = _hyperplane(size + 1).to(packed)
+        plane = _hyperplane(size + 1).to(square)
         square = plane @ square @ plane.t()
-    return square
+    return square.to(packed.dtype)
 
 
 def _hyperplane(size: int) -> torch.Tensor:
