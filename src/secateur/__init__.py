@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.version import __version__
 
-_PUBLIC = ("evaluate", "families", "inspect", "load", "methods", "preview", "prune")
+_PUBLIC = ("evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune")
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, families, inspect, load, methods, preview, prune
+    from secateur.api import evaluate, export, families, inspect, load, methods, preview, prune
 
 __all__ = [
     "SecateurError",
     "__version__",
     "evaluate",
+    "export",
     "families",
     "inspect",
     "load",

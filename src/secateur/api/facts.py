@@ -18,6 +18,7 @@ from secateur.engine.prepare import (
 from secateur.errors import refuse
 from secateur.families import LAYOUTS, Architecture, Kind, Layout, family_names
 from secateur.families.limits import verdict
+from secateur.families.loading import loads_by_kind
 from secateur.families.stock import example_config, load_pretrained
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
@@ -67,12 +68,12 @@ def methods(name: str | None = None) -> dict[str, Any]:
 
 
 def families() -> dict[str, Any]:
-    """Every architecture, and for each kind of space what each layout can do with it."""
+    """Every architecture, for each kind of space what each layout can do with it, and where the native result loads."""
     found = {}
     for name in family_names():
         architecture = Architecture(example_config(name))
         cuts = {str(layout): {k: _verdict(architecture, k, layout) for k in KINDS} for layout in LAYOUTS}
-        found[name] = {**cuts, "loads_in": dict(architecture.family.loads_in)}
+        found[name] = {**cuts, "loads_in": loads_by_kind(architecture)}
     return found
 
 

@@ -20,8 +20,8 @@ from secateur.engine.prepare import (
     resolve_device,
 )
 from secateur.engine.request import PruneRequest, make_request
-from secateur.engine.run import loads_elsewhere
 from secateur.errors import RequestError, SecateurError
+from secateur.families.loading import loads_in
 from secateur.methods.base import Method, worth
 from secateur.spaces import KINDS
 
@@ -88,6 +88,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "kv_bytes_per_token_before": costs.kv_bytes(dense),
     }
     sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS}
+    loads = loads_in(checkpoint.architecture.family, dense, after, request.layout)
     return {
         "method": method.name,
         "needs_data": method.data != "none",
@@ -99,10 +100,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "gap": budget.gap,
         "peak_bytes": _peak_estimate(checkpoint, method, request.samples * length),
         "layout": request.layout,
-        "loads_in": {
-            "transformers": "verified at the save",
-            **loads_elsewhere(checkpoint.architecture.family, request.layout),
-        },
+        "loads_in": {"transformers": "verified at the save", **loads},
     }
 
 

@@ -151,6 +151,17 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
+def show_export(result: dict[str, Any]) -> None:
+    check = result["check"]
+    if check:
+        ran = f"{check['runtime']} ({check['version']}): {check['generated_tokens']} greedy tokens equal, logits of"
+        difference = f"{check['prompt_tokens']} tokens within {check['logits_difference']:.1e} of the largest"
+        _out.print(f"{ran} {difference}", highlight=False)
+    loads = ", ".join(f"{name} {state}" for name, state in result["loads_in"].items())
+    _out.print(f"{result['bytes']:,} bytes, {result['dtype']}, {result['seconds']:.1f} s; {loads}", highlight=False)
+    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+
+
 def show_methods(result: dict[str, Any]) -> None:
     table = _table("method", "title", "data", "output", "paper", numbers=False)
     for name, facts in result.items():

@@ -177,6 +177,33 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: ModelArg,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="NAME.gguf or NAME.onnx")],
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, float16, bfloat16")] = "auto",
+    no_check: Annotated[bool, typer.Option("--no-check", help="do not run the file in its runtime")] = False,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="a GGUF file that takes token ids")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL for llama.cpp or onnxruntime, and check there that it computes the same."""
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_export
+
+    with ConsoleProgress() as progress:
+        result = api.export(
+            model,
+            output,
+            dtype=dtype,
+            check=not no_check,
+            tokenizer=not no_tokenizer,
+            force=force,
+            progress=progress,
+        )
+    _show(result, as_json, show_export)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with its options")] = None,
     as_json: JsonOption = False,

@@ -22,7 +22,8 @@ from secateur.engine.progress import Progress
 from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
 from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
-from secateur.families import Architecture, Block, Family, Layout, resized
+from secateur.families import Architecture, Block, resized
+from secateur.families.loading import loads_in
 from secateur.families.resizing import layer_record, modeling_file
 from secateur.methods.base import Study
 from secateur.plans import Artifact, Plan
@@ -212,7 +213,7 @@ class Run:
             "data": None if self.windows is None else self.windows.record(),
             "loads_in": {
                 "transformers": f"verified({self.journal.done('verified')[-1]['transformers']})",
-                **loads_elsewhere(self.checkpoint.architecture.family, prepared.request.layout),
+                **loads_in(target.family, plan.before, plan.after, prepared.request.layout),
             },
             "passthrough": sorted(header.name for _, header in layout.copies),
             "left_behind": left_behind,
@@ -234,13 +235,6 @@ class Run:
             progress.note(f"the old {output.name} is now {aside.name}")
         result.rename(output)
         shutil.rmtree(work_folder(output))
-
-
-def loads_elsewhere(family: Family, layout: Layout) -> dict[str, str]:
-    """Which other runtimes load an output; none knows layers that differ."""
-    if layout == "per-layer":
-        return dict.fromkeys(("vllm", "llama.cpp"), "no")
-    return {name: family.loads_in.get(name, "unknown") for name in ("vllm", "llama.cpp")}
 
 
 def next_free(folder: Path) -> Path:

@@ -19,7 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from secateur.errors import RequestError, near
 from secateur.families.sizes import Kind
 
-LoadStatus = Literal["expected", "no", "unknown"]
+LoadStatus = Annotated[str, Field(pattern=r"^(expected|no|unknown|verified\([\w.+ -]+\))$")]
+"""Of a runtime; ``verified`` names the version with which the tests ran it."""
 When = dict[str, Any]
 """A condition on a configuration: the values of its keys (dotted where they lie deeper), all of which must hold."""
 
@@ -146,7 +147,7 @@ class Family(_Part):
     constraints: tuple[Constraint, ...] = ()
     fixed: tuple[Fixed, ...] = ()
     variants: tuple[Variant, ...] = ()
-    loads_in: dict[str, LoadStatus] = Field(default_factory=dict)
+    loads_in: dict[str, LoadStatus | dict[str, LoadStatus]] = Field(default_factory=dict)
 
     def of(self, config: Any) -> Family:
         """This family as it is for one configuration."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
+from secateur.families.loading import loads_by_kind
 from secateur.families.stock import example_config
 from secateur.methods.registry import describe_method, method_names
 from secateur.reports.markdown import table
@@ -45,11 +46,22 @@ def families_table() -> str:
     return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
 
 
+def loads_table() -> str:
+    """Where a pruned model of each family loads, by what was cut."""
+    rows = []
+    for name in family_names():
+        for runtime, stated in loads_by_kind(Architecture(example_config(name))).items():
+            states = dict.fromkeys(stated.values())
+            rows += [[name, runtime, ", ".join(k for k in stated if stated[k] == state), state] for state in states]
+    return table(["family", "runtime", "cut", "loads"], rows)
+
+
 def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
     """Generated sections by file and marker."""
     found: dict[Path, dict[str, Callable[[], str]]] = {
         root / "README.md": {"methods": methods_table},
         root / "docs" / "families.md": {"families": families_table},
+        root / "docs" / "deploy.md": {"loads": loads_table},
     }
     for name in method_names():
         page = root / "docs" / "methods" / f"{name}.md"
