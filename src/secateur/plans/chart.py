@@ -48,12 +48,12 @@ class Chart:
             raise InternalError("bad-chart", f"chart {self.title!r}", "a value is not finite")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``Chart.from_dict`` gives the same chart back."""
-        return asdict(self)
+        """Plain values for JSON, the series in their order; ``Chart.from_dict`` gives the same chart back."""
+        return {**asdict(self), "series": list(self.series.items())}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Chart:
-        series = {name: [(x, y) for x, y in points] for name, points in record["series"].items()}
+        series = {name: [(x, y) for x, y in points] for name, points in record["series"]}
         mark = record["mark"]
         mark = None if mark is None else (mark[0], mark[1])
         return cls(**{**record, "series": series, "mark": mark, "labels": tuple(record["labels"])})
