@@ -132,7 +132,7 @@ def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.Temp
         out = tmp_path_factory.mktemp("straight") / "out"
         with clocked(clock):
             secateur.prune(checkpoint("sharded"), output=out, **request)
-        found[name] = (grid.hashes(out, grid.REPORT), clock.now)
+        found[name] = (grid.hashes(out, *grid.TIMED), clock.now)
     return found
 
 
@@ -158,9 +158,9 @@ def test_killed_at_random_points(
             with clocked(Clock(kill)), suppress(Killed):
                 secateur.prune(checkpoint("sharded"), output=out, **request)
         if out.exists():  # published: complete, whatever of the work folder is left
-            assert grid.hashes(out, grid.REPORT) == wanted
+            assert grid.hashes(out, *grid.TIMED) == wanted
         secateur.prune(checkpoint("sharded"), output=out, force=True, **request)
-        assert grid.hashes(out, grid.REPORT) == wanted
+        assert grid.hashes(out, *grid.TIMED) == wanted
         assert not work_folder(out).exists()
 
 
@@ -183,7 +183,7 @@ def test_torn_journal(
         content = journal.read_bytes()
         journal.write_bytes(content[: data.draw(st.integers(0, len(content)), label="length")])
         secateur.prune(checkpoint("sharded"), output=out, **request)
-        assert grid.hashes(out, grid.REPORT) == straight["slicegpt"][0]
+        assert grid.hashes(out, *grid.TIMED) == straight["slicegpt"][0]
 
 
 def _interrupt(model: Path, out: Path, request: dict[str, Any], point: str = "verify_output") -> None:
@@ -206,7 +206,7 @@ def test_what_was_written_is_not_believed_blindly(
     verify = mock.Mock(wraps=run_module.verify_output)
     with mock.patch.object(run_module, "verify_output", verify):
         secateur.prune(checkpoint("sharded"), output=out, **request)
-    assert grid.hashes(out, grid.REPORT) == straight["magnitude"][0]
+    assert grid.hashes(out, *grid.TIMED) == straight["magnitude"][0]
     assert verify.call_count == 1
 
 
@@ -289,7 +289,7 @@ def test_sigkill(moment: int, checkpoint: Checkpoints, notes: Path, straight: St
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 0
-    assert grid.hashes(out, grid.REPORT) == straight["slicegpt"][0]
+    assert grid.hashes(out, *grid.TIMED) == straight["slicegpt"][0]
 
 
 def test_models_differ_from_their_cut(checkpoint: Checkpoints) -> None:

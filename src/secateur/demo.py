@@ -15,8 +15,9 @@ from secateur.data.pydocs import documents
 from secateur.engine.progress import Progress
 from secateur.errors import refuse
 from secateur.meters.perplexity import Text, perplexity
-from secateur.reports.markdown import table
-from secateur.reports.plots import plot_curves
+from secateur.plans import Chart
+from secateur.reports.document import Charts, Document, Section, Table
+from secateur.reports.files import write_document
 
 METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt")
 RATIOS: Final = (0.1, 0.3)
@@ -76,31 +77,34 @@ def run_demo(output: Path, progress: Progress) -> dict[str, Any]:
                     "output": str(folder),
                 }
             )
-    report = output / "report.md"
+    report, page = output / "report.md", output / "report.html"
+    write_document(_describe(dense, rows), report, page)
+    return {"dense": dense, "rows": rows, "report": str(report), "page": str(page)}
+
+
+def _describe(dense: dict[str, Any], rows: list[dict[str, Any]]) -> Document:
+    """The report of the demonstration."""
     cells = [
         [
-            r["method"],
-            r["ratio"],
+            f"{r['method']}, ratio {r['ratio']}",
             f"{r['params']:,}",
             f"{1 - r['params'] / dense['params']:.1%}",
             f"{r['perplexity']:.2f}",
         ]
         for r in rows
     ]
-    head = ["method", "ratio", "parameters", "removed", "perplexity"]
-    first = ["dense", 0, f"{dense['params']:,}", "0.0%", f"{dense['perplexity']:.2f}"]
-    text = (
-        "# Secateur demonstration\n\n"
+    first = ["dense", f"{dense['params']:,}", "0.0%", f"{dense['perplexity']:.2f}"]
+    table = Table(["model", "parameters", "removed", "perplexity"], [first, *cells], "Perplexity on held-out text")
+    dense_point = (float(dense["params"]), dense["perplexity"])
+    curves = {
+        m: [dense_point, *((float(r["params"]), r["perplexity"]) for r in rows if r["method"] == m)] for m in METHODS
+    }
+    chart = Chart("Perplexity against parameters", "parameters", "held-out perplexity", curves, logarithmic=True)
+    lead = (
         f"The embedded model on held-out documentation of this Python ({dense['tokens']:,} predicted tokens, windows "
-        f"of {dense['context']}); every folder beside this file loads with plain `transformers`.\n\n"
-        f"{table(head, [first, *cells])}\n"
+        f"of {dense['context']}); every folder beside this file loads with plain transformers."
     )
-    dense_point = (dense["params"], dense["perplexity"])
-    curves = {m: [dense_point, *((r["params"], r["perplexity"]) for r in rows if r["method"] == m)] for m in METHODS}
-    if plot_curves(output / "report.png", curves, "parameters", "held-out perplexity"):
-        text += "\n![perplexity against parameters](report.png)\n"
-    report.write_text(text, encoding="utf-8")
-    return {"dense": dense, "rows": rows, "report": str(report)}
+    return Document("Secateur demonstration", lead, [Section("Results", [table, Charts([chart])])])
 
 
 def _measure(folder: Path, held_out: Path) -> dict[str, Any]:

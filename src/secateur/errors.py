@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn
 
+_FEW = 60  # names that a message can list
+
 
 class SecateurError(Exception):
     """A failure with a message fit for the person who asked.
@@ -39,10 +41,12 @@ class InternalError(SecateurError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A hint naming the known names closest to ``name``, or all of them when none is close."""
+    """A hint naming the known names closest to ``name``, or all of them (unless there are too many) when none is."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(names)}" if len(names) <= _FEW else f"none of the {len(names):,} known names is close"
 
 
 def refuse(code: str, asked: str, found: str, hint: str = "") -> NoReturn:

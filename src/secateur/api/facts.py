@@ -22,6 +22,7 @@ from secateur.families.loading import loads_by_kind
 from secateur.families.stock import example_config, load_pretrained
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
+from secateur.meters.tasks import Tasks
 from secateur.methods.registry import describe_method, method_names
 from secateur.spaces import KINDS, all_spaces
 
@@ -29,10 +30,10 @@ from secateur.spaces import KINDS, all_spaces
 def evaluate(
     model: str | Path,
     *,
-    text: str | Path | None = None,
+    text: str | Path | Sequence[str | Path] | None = None,
     context: int | None = None,
     against: str | Path | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
 ) -> dict[str, Any]:
@@ -40,22 +41,26 @@ def evaluate(
 
     Args:
         model: checkpoint folder or hub id.
-        text: held-out text file for the perplexity.
+        text: held-out text file for the perplexity, or several: the first gives ``perplexity``, ``context`` and
+            ``tokens``, and ``texts`` holds these of each by its name.
         context: tokens of a perplexity window.
         against: another checkpoint; adds ``against`` (its figures) and ``ratio`` (model / against).
-        tasks: names of lm-eval tasks (extra ``eval``).
+        tasks: names of lm-eval tasks, YAML files of tasks, folders of them (extra ``eval``); adds ``tasks``.
+
+    Raises:
+        RequestError: no such model, text or task, or one that cannot be read.
     """
     where = resolve_device(device)
     names = [str(model)] + ([] if against is None else [str(against)])
-    if text is not None and not Path(text).is_file():
-        refuse("no-text", f"text {str(text)!r}", "there is no such file")
+    given = [text] if isinstance(text, str | Path) else text or ()
+    texts = list(dict.fromkeys(map(str, given)))
+    wanted = [tasks] if isinstance(tasks, str) else list(tasks)
+    for name in texts:
+        if not Path(name).is_file():
+            refuse("no-text", f"text {name!r}", "there is no such file")
     checkpoints = [Checkpoint.open(Path(locate(name))) for name in names]
-    figures = evaluate_models(checkpoints, None if text is None else str(text), context, dtype, where)
+    figures = evaluate_models(checkpoints, texts, context, dtype, where, Tasks(wanted) if wanted else None)
     result: dict[str, Any] = dict(figures[0])
-    if tasks:
-        from secateur.meters.tasks import task_figures
-
-        result["tasks"] = task_figures(checkpoints[0], tasks, where)
     if against is not None:
         result["against"] = figures[1]
         result["ratio"] = ratios(figures[0], figures[1])

@@ -26,7 +26,7 @@ from secateur.methods.base import Method, worth
 from secateur.spaces import KINDS
 
 
-def preview(model: str | Path, *, recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def preview(model: str | Path | None = None, *, recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
     """What ``prune`` with the same arguments would do; reads headers only and lists every problem at once.
 
     Returns:
@@ -47,8 +47,10 @@ def preview(model: str | Path, *, recipe: str | Path | None = None, **options: A
     request: PruneRequest | None = None
     method: Method | None = None
     checkpoint: Checkpoint | None = None
+    name = None if model is None else str(model)
     with collecting():
-        request = make_request({**options, "model": str(model)}, None if recipe is None else Path(recipe))
+        request = make_request({**options, "model": name}, None if recipe is None else Path(recipe))
+        name = request.model
     if request is not None:
         with collecting():
             method = choose_method(request)
@@ -59,9 +61,10 @@ def preview(model: str | Path, *, recipe: str | Path | None = None, **options: A
                 require_output(request)
         if request.data not in (None, "-") and request.data.startswith(("/", ".")) and not Path(request.data).exists():
             problems.append(RequestError("no-data", f"data {request.data!r}", "there is no such file or folder"))
-    with collecting():
-        checkpoint = Checkpoint(Folder(Path(locate(str(model)))))
-        problems.extend(checkpoint.problems)
+    if name is not None:
+        with collecting():
+            checkpoint = Checkpoint(Folder(Path(locate(name))))
+            problems.extend(checkpoint.problems)
     if request is not None and method is not None and checkpoint is not None and not checkpoint.problems:
         with collecting():
             found.update(_foresee(request, method, checkpoint))

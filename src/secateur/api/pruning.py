@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,16 @@ from secateur.engine.prepare import (
     prepare,
 )
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.request import PruneRequest, make_request
+from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import Run, requested
 from secateur.errors import RequestError, refuse
 from secateur.families.stock import quiet_transformers
-from secateur.meters.counts import count
+from secateur.meters.counts import count, count_parts
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
 from secateur.meters.perplexity import Text, fits, perplexity
 from secateur.methods.base import worth
-from secateur.reports.prune import write_card, write_report
+from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
 
 Model = str | Path | nn.Module
 
@@ -39,7 +39,7 @@ Model = str | Path | nn.Module
 class PruneResult:
     """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
 
-    ``model`` is the pruned module when a module was passed in.
+    ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML.
     """
 
     method: str
@@ -52,14 +52,15 @@ class PruneResult:
     layout: str
     loads_in: dict[str, str]
     seed: int
+    recipe: str = field(default="", repr=False)
     model: nn.Module | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "model"}
+        return {key: value for key, value in vars(self).items() if key not in ("recipe", "model")}
 
 
 def prune(
-    model: Model,
+    model: Model | None = None,
     *,
     method: str | None = None,
     ratio: float | None = None,
@@ -75,7 +76,8 @@ def prune(
     """Prune a model and write a checkpoint that plain transformers loads.
 
     Args:
-        model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``).
+        model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``);
+            may stand in the recipe.
         method: name of a method; the default depends on whether there is ``data``.
         ratio: share of all parameters to remove.
         target: what shall remain, e.g. ``"bytes=2GiB"``, ``"flops=80%"``.
@@ -100,7 +102,8 @@ def prune(
     }
     file = None if recipe is None else Path(recipe)
     if not isinstance(model, nn.Module):
-        return _prune_folder(make_request({**values, "model": str(model)}, file), progress or Silent())
+        name = None if model is None else str(model)
+        return _prune_folder(make_request({**values, "model": name}, file), progress or Silent())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         config: Any = model.config
@@ -112,7 +115,8 @@ def prune(
             tokenizer.save_pretrained(folder)
         if output is None:
             values["output"] = str(Path(temporary) / "pruned")
-        result = _prune_folder(make_request({**values, "model": str(folder)}, file), progress or Silent())
+        request = make_request({**values, "model": str(folder)}, file)
+        result = _prune_folder(request, progress or Silent(), named=False)
         with quiet_transformers():
             pruned = type(model).from_pretrained(result.output, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
         pruned.train(model.training)
@@ -120,10 +124,10 @@ def prune(
             model.__dict__.update(pruned.__dict__)
             pruned = model
         shown = result.output if output is not None else None
-        return PruneResult(**{**result.as_dict(), "output": shown, "model": pruned})
+        return replace(result, output=shown, model=pruned)
 
 
-def _prune_folder(request: PruneRequest, progress: Progress) -> PruneResult:
+def _prune_folder(request: PruneRequest, progress: Progress, named: bool = True) -> PruneResult:
     started = time.perf_counter()
     output = require_output(request)
     require_text(request)
@@ -131,12 +135,14 @@ def _prune_folder(request: PruneRequest, progress: Progress) -> PruneResult:
         prepared = prepare(request)
         if output.resolve() == prepared.checkpoint.folder.path.resolve():
             refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
+        options = prepared.method.model_dump(mode="json", exclude_unset=True)
+        recipe = recipe_of(request, prepared.method.name, options, named)
         output.parent.mkdir(parents=True, exist_ok=True)
         with _cleared_on_refusal(work_folder(output)), locked(work_folder(output)):
             parts = (
                 _copy(prepared, output, progress)
                 if request.is_copy
-                else _cut(prepared, output, progress, started, memory)
+                else _cut(prepared, output, named, recipe, progress, started, memory)
             )
     achieved, figures, loads_in = parts
     return PruneResult(
@@ -150,13 +156,22 @@ def _prune_folder(request: PruneRequest, progress: Progress) -> PruneResult:
         layout=request.layout,
         loads_in=loads_in,
         seed=request.seed,
+        recipe=recipe,
     )
 
 
 Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str]]
 
 
-def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, memory: MemoryWatch) -> Parts:
+def _cut(
+    prepared: Prepared,
+    output: Path,
+    named: bool,
+    recipe: str,
+    progress: Progress,
+    started: float,
+    memory: MemoryWatch,
+) -> Parts:
     """Plan, write, verify, measure, report, publish."""
     run = Run(prepared, output, progress)
     plan = run.plan()
@@ -167,6 +182,7 @@ def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, m
     figures = None if text is None else _perplexities(prepared, result, text, progress)
     speed = _speeds(prepared, result) if text is not None else None
     write_card(run.result, record, achieved)
+    (run.result / RECIPE).write_text(recipe, encoding="utf-8")
     peak = cgroup_peak()
     facts = {
         "seconds": f"{time.perf_counter() - started:.1f}",
@@ -176,7 +192,9 @@ def _cut(prepared: Prepared, output: Path, progress: Progress, started: float, m
         "compute type": str(prepared.dtype).removeprefix("torch."),
         "output": worth(prepared.method.output, prepared.request.layout),
     }
-    write_report(run.result, record, achieved, figures, speed, facts)
+    parts = (count_parts(prepared.checkpoint), count_parts(result))
+    name = prepared.request.model if named else "a module in memory"
+    write_report(run.result, PruneFacts(name, record, plan, achieved, parts, recipe, figures, speed, facts))
     run.publish()
     return achieved, figures, record["loads_in"]
 
@@ -250,5 +268,5 @@ def _perplexities(prepared: Prepared, result: Checkpoint, text: Text, progress: 
 def _speeds(prepared: Prepared, result: Checkpoint) -> tuple[Figures, Figures] | None:
     if not fits(prepared.checkpoint, prepared.dtype):
         return None
-    dense, pruned = evaluate_models([prepared.checkpoint, result], None, None, prepared.request.dtype, prepared.device)
+    dense, pruned = evaluate_models([prepared.checkpoint, result], (), None, prepared.request.dtype, prepared.device)
     return dense, pruned

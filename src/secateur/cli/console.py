@@ -133,16 +133,19 @@ def show_preview(result: dict[str, Any]) -> None:
 def show_evaluate(result: dict[str, Any]) -> None:
     against, ratio = result.get("against"), result.get("ratio")
     table = _table("", "model", *(["against", "ratio"] if against else []))
-    for key, value in result.items():
-        if key in ("against", "ratio", "tasks"):
-            continue
-        cells = [_number(value)]
-        if against and ratio:
-            cells += [_number(against[key]), _number(ratio[key])]
-        table.add_row(key.replace("_", " "), *cells)
+    columns = [_rows(side) for side in (result, against, ratio) if side]
+    for label, value in columns[0].items():
+        table.add_row(escape(label), _number(value), *(_number(column.get(label)) for column in columns[1:]))
     _out.print(table)
-    for task, figures in result.get("tasks", {}).items():
-        _out.print(f"{task}: {figures}")
+
+
+def _rows(figures: dict[str, Any]) -> dict[str, float | None]:
+    """Figures by label, those of each text and task after the others."""
+    found = {k.replace("_", " "): v for k, v in figures.items() if k not in ("against", "ratio", "texts", "tasks")}
+    for group in ("texts", "tasks"):
+        for name, values in figures.get(group, {}).items():
+            found.update({f"{name}: {key}": value for key, value in values.items()})
+    return found
 
 
 def _number(value: float | None) -> str:
@@ -206,4 +209,4 @@ def show_demo(result: dict[str, Any]) -> None:
         cells = [f"{row['params']:,}", f"{removed:.1%}", f"{row['perplexity']:.2f}", f"{row['seconds']:.1f}"]
         table.add_row(row["method"], str(row["ratio"]), *cells)
     _out.print(table)
-    _out.print(f"report: {result['report']}", highlight=False)
+    _out.print(f"report: {result['page']}, {result['report']}", highlight=False)

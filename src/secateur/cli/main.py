@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="checkpoint folder or hub id")]
+ModelOrRecipeArg = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="checkpoint folder or hub id; may stand in the recipe")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 MethodOption = Annotated[str | None, typer.Option("--method", help="see: secateur methods")]
 RatioOption = Annotated[str | None, typer.Option("--ratio", help="share of all parameters to remove, e.g. 0.3")]
@@ -48,6 +51,9 @@ FieldOption = Annotated[
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="option of the method")]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="native or per-layer [default: native]")]
 TextOption = Annotated[str | None, typer.Option("--text", help="held-out text for the perplexity")]
+TextsOption = Annotated[
+    list[str] | None, typer.Option("--text", help="held-out text for the perplexity; may be given several times")
+]
 ContextOption = Annotated[int | None, typer.Option("--context", help="tokens of a perplexity window")]
 QuantumOption = Annotated[int | None, typer.Option("--quantum", help="sizes are multiples of it")]
 ToleranceOption = Annotated[float | None, typer.Option("--tolerance", help="largest accepted gap to the target")]
@@ -89,7 +95,7 @@ def _request(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def prune(
-    model: ModelArg,
+    model: ModelOrRecipeArg = None,
     output: OutputOption = None,
     method: MethodOption = None,
     ratio: RatioOption = None,
@@ -119,6 +125,7 @@ def prune(
 
     with ConsoleProgress() as progress:
         result = api.prune(model, progress=progress, **values)
+    print(f"# recipe of this run\n{result.recipe}", end="", file=sys.stderr)
     _show(result.as_dict(), as_json, show_prune)
 
 
@@ -131,7 +138,7 @@ def _with_options_of_prune(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @_with_options_of_prune
-def preview(model: str, as_json: bool, **values: Any) -> None:
+def preview(model: str | None, as_json: bool, **values: Any) -> None:
     """Show what prune would do, from headers only, and every problem at once."""
     values = _request(values)
     from secateur import api
@@ -150,12 +157,14 @@ def preview(model: str, as_json: bool, **values: Any) -> None:
 @app.command()
 def evaluate(
     model: ModelArg,
-    text: TextOption = None,
+    text: TextsOption = None,
     context: ContextOption = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL2", help="measure another beside it")
     ] = None,
-    tasks: Annotated[str | None, typer.Option("--tasks", help="lm-eval tasks, separated by commas")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="lm-eval tasks, task files or folders of them, separated by commas")
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -166,7 +175,7 @@ def evaluate(
 
     result = api.evaluate(
         model,
-        text=text,
+        text=text or (),
         context=context,
         against=against,
         tasks=[name for name in (tasks or "").split(",") if name],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,8 @@ def make_request(values: dict[str, Any], recipe: Path | None = None) -> PruneReq
         raise RequestError(
             "unknown-option", f"option {unknown[0]!r}", "there is none", near(unknown[0], PruneRequest.model_fields)
         )
+    if not merged.get("model"):
+        refuse("no-model", "a prune", "no model is named", "name MODEL, or model: in the recipe")
     try:
         request = PruneRequest.model_validate(merged)
     except ValidationError as error:
@@ -96,3 +99,23 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if "set" in values:  # as the command line calls it
         values["options"] = values.pop("set")
     return values
+
+
+def recipe_of(request: PruneRequest, method: str, options: Mapping[str, Any], named: bool = True) -> str:
+    """A request as the YAML that ``--recipe`` reads: what differs from the defaults, and the method that was chosen.
+
+    Where the result goes (``output``, ``force``) is left to the command.
+
+    Args:
+        method: name of the method that ran.
+        options: its options that were given, as its schema read them.
+        named: whether the model is one that can be named again, no module in memory.
+    """
+    given = request.model_dump(mode="json", exclude_defaults=True, exclude={"output", "force", "method", "options"})
+    content = {"model": given.pop("model"), "method": method, **given}
+    if not named:
+        del content["model"]
+    if options:
+        content["set"] = dict(options)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=2**16)
+    return text

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import torch
+
 from secateur.checkpoints import Checkpoint
 from secateur.engine.prepare import costs_of
+from secateur.families.roles import MATRICES, NORMS, TABLES
 
 Counts = dict[str, int]
+PARTS: Final = ("embedding", "attention", "FFN", "norms", "shortcuts", "head", "other")
+"""Parts of a decoder; ``other`` is what the family file does not describe."""
 
 
 def count(checkpoint: Checkpoint) -> Counts:
@@ -17,3 +24,26 @@ def count(checkpoint: Checkpoint) -> Counts:
         "flops_per_token": costs.flops(sizes),
         "kv_bytes_per_token": costs.kv_bytes(sizes),
     }
+
+
+def count_parts(checkpoint: Checkpoint) -> Counts:
+    """Parameters of each of the ``PARTS``; their sum is the model's. A tied head counts as embedding."""
+    architecture = checkpoint.architecture
+    found = dict.fromkeys(PARTS, 0)
+    for place in architecture.places:
+        for tensor in architecture.tensors_of(place):
+            found[part_of(tensor.role)] += torch.Size(architecture.shapes[tensor.name]).numel()
+    found["other"] += sum(torch.Size(shape).numel() for shape in architecture.unmapped.values())
+    return found
+
+
+def part_of(role: str) -> str:
+    """The part that a role belongs to, by the axes of its matrix."""
+    if role in NORMS:
+        return "norms"
+    if role in TABLES or role == "head":
+        return "embedding" if role in TABLES else "head"
+    axes = set(MATRICES[role])
+    if axes & {"heads", "kv", "query_heads"} or role.startswith("latent"):
+        return "attention"
+    return "shortcuts" if "triangle" in axes else "FFN"

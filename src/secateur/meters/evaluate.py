@@ -2,57 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from secateur.checkpoints import Checkpoint
 from secateur.engine.prepare import context_of, resolve_dtype
+from secateur.errors import refuse
 from secateur.meters.counts import count
 from secateur.meters.perplexity import Text, fits, load_stock, perplexity
 from secateur.meters.speed import speeds
+from secateur.meters.tasks import Tasks
 
-Figures = dict[str, float | int | None]
+Figures = dict[str, Any]
+"""Numbers (or None) by name; ``texts`` and ``tasks`` are such dictionaries by name."""
 
 
 def evaluate_models(
-    checkpoints: list[Checkpoint], text: str | None, context: int | None, dtype: str, device: torch.device
+    checkpoints: Sequence[Checkpoint],
+    texts: Sequence[str],
+    context: int | None,
+    dtype: str,
+    device: torch.device,
+    tasks: Tasks | None = None,
 ) -> list[Figures]:
-    """Figures of each model; the speeds are taken in one run, their order alternated.
+    """Figures of each model, loaded once; the speeds are taken in one run, their order alternated.
 
     Args:
         checkpoints: the models.
-        text: file of a held-out text, or None for no perplexity.
+        texts: files of held-out texts; the first gives the perplexity, several also ``texts``.
         context: window of the perplexity, at most the shortest context of the models.
+        tasks: lm-eval tasks.
+
+    Raises:
+        RequestError: a text that is unreadable or too short, tasks for a model that does not fit into memory.
     """
     types = [resolve_dtype(dtype, checkpoint, device) for checkpoint in checkpoints]
     shared = min([context_of(c) for c in checkpoints] + ([context] if context else []))
+    windows = [[Text.read(text, checkpoint, shared) for text in texts] for checkpoint in checkpoints]
+    # each is measured beside those loaded before it, so that what fits, fits together
+    models = [
+        load_stock(c, kind, device) if fits(c, kind) else None for c, kind in zip(checkpoints, types, strict=True)
+    ]
     figures: list[Figures] = []
-    for checkpoint, kind in zip(checkpoints, types, strict=True):
-        found: Figures = {"perplexity": None, "context": None, "tokens": None}
-        if text is not None:
-            windows = Text.read(text, checkpoint, shared)
-            found["perplexity"] = perplexity(checkpoint, windows, kind, device)
-            found["context"], found["tokens"] = windows.context, windows.tokens
+    for checkpoint, kind, model, read in zip(checkpoints, types, models, windows, strict=True):
+        measured = [
+            {
+                "perplexity": perplexity(checkpoint, text, kind, device, model),
+                "context": text.context,
+                "tokens": text.tokens,
+            }
+            for text in read
+        ]
+        found: Figures = dict(measured[0]) if measured else {"perplexity": None, "context": None, "tokens": None}
+        if len(texts) > 1:
+            found["texts"] = dict(zip(texts, measured, strict=True))
         counts = count(checkpoint)
         found.update({key: counts[key] for key in ("params", "bytes", "flops_per_token")})
         figures.append(found)
-    measured: list[dict[str, Any]] = [
+    speed: list[dict[str, Any]] = [
         {"prefill_tokens_per_second": None, "decode_tokens_per_second": None} for _ in checkpoints
     ]
-    if all(fits(checkpoint, kind) for checkpoint, kind in zip(checkpoints, types, strict=True)):
-        models = [load_stock(checkpoint, kind, device) for checkpoint, kind in zip(checkpoints, types, strict=True)]
+    if None not in models:
         vocab = min(checkpoint.architecture.sizes.vocab for checkpoint in checkpoints)
-        measured = list(speeds(models, vocab, shared, device))
-    for found, speed in zip(figures, measured, strict=True):
-        found.update(speed)
+        speed = list(speeds(models, vocab, shared, device))
+    for found, checkpoint, model, fast in zip(figures, checkpoints, models, speed, strict=True):
+        found.update(fast)
+        if tasks is not None:
+            if model is None:
+                refuse("too-large", f"tasks on {str(checkpoint.folder.path)!r}", "the model does not fit into memory")
+            found["tasks"] = tasks.run(checkpoint, model, device)
     return figures
 
 
-def ratios(figures: Figures, against: Figures) -> Figures:
-    """Each figure divided by the other model's; None where either is missing or zero."""
+def ratios(figures: Mapping[str, Any], against: Mapping[str, Any]) -> Figures:
+    """Each figure divided by the other model's, by name; None where either is missing or zero, no standard errors."""
     result: Figures = {}
     for key, value in figures.items():
-        other = against[key]
-        result[key] = value / other if value is not None and other else None
+        if "_stderr" in key:
+            continue
+        other = against.get(key)
+        if isinstance(value, Mapping):
+            result[key] = ratios(value, other or {})
+        else:
+            result[key] = value / other if value is not None and other else None
     return result

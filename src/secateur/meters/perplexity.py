@@ -71,14 +71,23 @@ def fits(checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
     return checkpoint.params * dtype.itemsize < _SHARE_OF_MEMORY * available_bytes()
 
 
-def perplexity(checkpoint: Checkpoint, text: Text, dtype: torch.dtype, device: torch.device) -> float:
-    """Perplexity of a checkpoint on a text; block by block from the file where the whole model does not fit."""
+def perplexity(
+    checkpoint: Checkpoint,
+    text: Text,
+    dtype: torch.dtype,
+    device: torch.device,
+    model: torch.nn.Module | None = None,
+) -> float:
+    """Perplexity of a checkpoint on a text; block by block from the file where the whole model does not fit.
+
+    Args:
+        model: the checkpoint's model, where it is loaded already.
+    """
     rows = max(1, _BATCH_TOKENS // text.context)
     batches = torch.split(text.windows, rows)
-    if fits(checkpoint, dtype):
-        total = _whole(checkpoint, batches, dtype, device)
-    else:
-        total = _streamed(checkpoint, batches, dtype, device)
+    if model is None and fits(checkpoint, dtype):
+        model = load_stock(checkpoint, dtype, device)
+    total = _streamed(checkpoint, batches, dtype, device) if model is None else _whole(model, batches, device)
     mean = total / text.tokens
     return math.exp(mean) if mean < 700 else math.inf
 
@@ -97,8 +106,7 @@ def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> float:
 
 
 @torch.no_grad()
-def _whole(checkpoint: Checkpoint, batches: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device) -> float:
-    model = load_stock(checkpoint, dtype, device)
+def _whole(model: torch.nn.Module, batches: tuple[Tensor, ...], device: torch.device) -> float:
     return sum(
         _negative_log_likelihood(model(input_ids=batch.to(device), use_cache=False).logits, batch) for batch in batches
     )

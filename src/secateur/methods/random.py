@@ -15,6 +15,7 @@ class Random(Selection):
 
     name = "random"
     title = "Random units (control)"
+    draws_scores = False
 
     def unit_scores(self, study: Study, space: Space) -> Tensor:
         return torch.rand(space.size, dtype=torch.float64, generator=study.generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -13,12 +13,16 @@ from secateur.cuts.stream import SHARED
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes
 from secateur.methods.base import Method, Study, keep_best
+from secateur.methods.charts import score_charts
 from secateur.plans import Plan
 from secateur.spaces import Kind, Space, all_spaces
 
 
 class Selection(Method):
     """Keep the best units of every space of one kind."""
+
+    draws_scores: ClassVar[bool] = True
+    """Whether the distribution of the scores is worth a chart."""
 
     spaces: Kind = Field("ffn", description="what the units are")
 
@@ -61,9 +65,10 @@ class Selection(Method):
             # of a stream without a mean, one dimension goes to keeping it so
             count = left.size - (before.mean_free if self.cuts == "residual" else 0)
             kept[space.name] = keep_best(scores[space.name], count)
+        charts = score_charts(scores, kept) if self.draws_scores else ()
         if self.cuts == "residual" and before.mean_free:  # what survives is carried without its mean: a basis
             chosen = torch.eye(before.residual, dtype=torch.float64)[:, kept["residual"]]
-            return Plan(before, after, bases={SHARED: chosen})
+            return Plan(before, after, bases={SHARED: chosen}, charts=charts)
         if self.cuts == "blocks":
             after = before.kept_blocks([int(i) for i in kept["blocks"]])
-        return Plan(before, after, kept)
+        return Plan(before, after, kept, charts=charts)

@@ -20,6 +20,7 @@ from secateur.cuts.stream import SHARED, interfaces
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
 from secateur.methods.base import Method, Study, keep_best
+from secateur.methods.charts import spectrum_charts
 from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
 
@@ -118,7 +119,8 @@ class SliceGpt(Method):
         for part in study.summaries["stream"]:
             gram += part
         if self._selects(budget):
-            return Plan(budget.sizes, after, {"residual": keep_best(gram.diagonal(), after.residual)})
+            kept = {"residual": keep_best(gram.diagonal(), after.residual)}
+            return Plan(budget.sizes, after, kept, charts=spectrum_charts(gram, after.residual))
         if after.mean_free:
             gram = _centred(gram)
         directions = self.basis_of(gram, count, study.generator)
@@ -126,7 +128,8 @@ class SliceGpt(Method):
         if self.orientation == "random":
             directions = directions @ _random_orthogonal(directions.shape[1], study.generator)
         bases = {SHARED: directions.contiguous()}
-        return Plan(budget.sizes, after, bases=bases, notes={"kept_energy": round(explained, 6)})
+        notes = {"kept_energy": round(explained, 6)}
+        return Plan(budget.sizes, after, bases=bases, notes=notes, charts=spectrum_charts(gram, directions.shape[1]))
 
 
 class _Rotations(Mapping[str, Tensor]):

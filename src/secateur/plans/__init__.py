@@ -1,5 +1,6 @@
 """The immutable, serialisable decision: what is kept, in which basis, and the sizes that follow."""
 
+from secateur.plans.chart import Chart, points_of
 from secateur.plans.plan import Artifact, Plan
 
-__all__ = ["Artifact", "Plan"]
+__all__ = ["Artifact", "Chart", "Plan", "points_of"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from secateur.checkpoints import TensorHeader, TensorWriter
 from secateur.errors import InternalError, refuse
 from secateur.families import Sizes
 from secateur.families.resizing import sizes_of
+from secateur.plans.chart import Chart
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Plan:
             ``residual`` for all norms, or one for each (``cuts.stream.interfaces``), loaded on access; none where the
             stream is cut by selection (``kept["residual"]``) or not at all.
         notes: what the method wants the report to say, JSON-able.
+        charts: what it wants the report to draw.
         artifacts: what the method learned and a later run can reuse, by name; saved into the output folder.
     """
 
@@ -108,6 +110,7 @@ class Plan:
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    charts: Sequence[Chart] = ()
 
     def __post_init__(self) -> None:
         for name, indices in self.kept.items():
@@ -129,6 +132,7 @@ class Plan:
             "before": dataclasses.asdict(self.before),
             "after": dataclasses.asdict(self.after),
             "notes": dict(self.notes),
+            "charts": [chart.as_dict() for chart in self.charts],
             "artifacts": sorted(self.artifacts),
         }
         for name, artifact in self.artifacts.items():
@@ -165,5 +169,6 @@ class Plan:
             kept=kept,
             bases=_Bases(folder / _BASES) if (folder / _BASES).is_file() else {},
             notes=record["notes"],
+            charts=[Chart.from_dict(chart) for chart in record["charts"]],
             artifacts={name: Artifact.load(folder / f"{name}.safetensors") for name in record["artifacts"]},
         )

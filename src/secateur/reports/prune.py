@@ -2,29 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from secateur.meters.counts import PARTS
 from secateur.meters.evaluate import Figures
-from secateur.reports.markdown import change, table
+from secateur.plans import Chart, Plan
+from secateur.reports.document import Charts, Document, Listing, Paragraph, Part, Section, Table, change
+from secateur.reports.files import write_document
+from secateur.reports.markdown import render_table, table
 
 REPORT: Final = "secateur-report.md"
+PAGE: Final = "secateur-report.html"
 CARD: Final = "README.md"
+RECIPE: Final = "recipe.yaml"
+UNITS: Final = {
+    "ffn": "FFN neurons",
+    "kv": "key/value heads",
+    "group": "query heads of each key/value head",
+    "shared": "neurons of the shared expert",
+}
+"""The sizes of a block, as people call them."""
+_ALWAYS: Final = ("ffn", "kv")  # the others are told where they change
+_SPEEDS: Final = {
+    "prefill_tokens_per_second": "prefill tokens per second",
+    "decode_tokens_per_second": "decode tokens per second",
+}
 
 
-def _sizes_table(record: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class PruneFacts:
+    """What a report tells of a run.
+
+    Attributes:
+        model: as the user named it.
+        record: the content of ``secateur.json``.
+        plan: what was decided.
+        achieved: counts before and after.
+        parts: parameters of the parts of the model, before and after.
+        recipe: the request as YAML.
+        perplexity: before, after, context, tokens.
+        speed: figures of ``evaluate_models`` for the dense and the pruned model.
+        run: how the run went: seconds, peak memory, device, ...
+    """
+
+    model: str
+    record: dict[str, Any]
+    plan: Plan
+    achieved: dict[str, int]
+    parts: tuple[dict[str, int], dict[str, int]]
+    recipe: str
+    perplexity: dict[str, Any] | None
+    speed: tuple[Figures, Figures] | None
+    run: dict[str, str]
+
+
+def _sizes_table(record: dict[str, Any]) -> Table:
     before, after = record["before"], record["after"]
     rows = [["residual width", *change(before["residual"], after["residual"])]]
     rows.append(["blocks", *change(len(before["blocks"]), len(after["blocks"]))])
-    for key, label in (("ffn", "FFN neurons"), ("kv", "key/value heads")):
-        rows.append([f"{label} per block", *change(before["blocks"][0][key], after["blocks"][0][key])])
-    heads = [side["blocks"][0]["kv"] * side["blocks"][0]["group"] for side in (before, after)]
-    rows.append(["query heads per block", *change(*heads)])
-    rows.append(["tied embeddings", before["tied"], after["tied"], "-"])
-    return table(["size", "before", "after", "kept"], rows)
+    rows += [[f"{UNITS[key]} per block", *_per_block(before, after, key)] for key in _ALWAYS]
+    rows.append(["query heads per block", *_per_block(before, after, "kv", "group")])
+    tied = ["yes" if side["tied"] else "no" for side in (before, after)]
+    rows.append(["tied embeddings", *tied, "-"])
+    return Table(["size", "before", "after", "kept"], rows, "Sizes of the model")
 
 
-def _counts_table(achieved: dict[str, int]) -> str:
+def _per_block(before: dict[str, Any], after: dict[str, Any], key: str, times: str | None = None) -> list[str]:
+    """Cells of a size that each block has: one number, or the least and the most of them."""
+    shown, means = [], []
+    for side in (before, after):
+        found = [block[key] * (block[times] if times else 1) for block in side["blocks"]]
+        low, high = min(found), max(found)
+        shown.append(f"{low:,}" if low == high else f"{low:,} to {high:,}")
+        means.append(sum(found) / len(found))
+    return [*shown, f"{means[1] / means[0]:.1%}" if means[0] else "-"]
+
+
+def _counts_table(achieved: dict[str, int]) -> Table:
     labels = {
         "params": "parameters",
         "bytes": "bytes of weight files",
@@ -32,17 +88,29 @@ def _counts_table(achieved: dict[str, int]) -> str:
         "kv_bytes_per_token": "key/value cache bytes per token",
     }
     rows = [[label, *change(achieved[f"{key}_before"], achieved[key])] for key, label in labels.items()]
-    return table(["measure", "before", "after", "kept"], rows)
+    return Table(["measure", "before", "after", "kept"], rows, "Costs, counted from the files")
 
 
-def _request(record: dict[str, Any]) -> str:
+def _parts_table(before: dict[str, int], after: dict[str, int]) -> Table:
+    rows = [[part, *change(before[part], after[part])] for part in PARTS if before[part] or after[part]]
+    rows.append(["all", *change(sum(before.values()), sum(after.values()))])
+    return Table(["part", "before", "after", "kept"], rows, "Parameters of each part")
+
+
+def _wanted(record: dict[str, Any]) -> str:
     asked = record["requested"]
-    options = {key: value for key, value in asked["options"].items() if value is not None}
-    wanted = (
+    return (
         f"ratio {asked['ratio']}" if asked["ratio"] is not None else ", ".join(asked["target"]) or "the method's knob"
     )
-    shown = ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
-    return f"`{record['method']}`, {wanted}, options: {shown}, seed {asked['seed']}"
+
+
+def _options(record: dict[str, Any]) -> str:
+    options = {key: value for key, value in record["requested"]["options"].items() if value is not None}
+    return ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
+
+
+def _share_removed(achieved: dict[str, int]) -> float:
+    return 1 - achieved["params"] / achieved["params_before"]
 
 
 def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -> None:
@@ -53,7 +121,9 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
         if (folder / "README.source.md").is_file()
         else ""
     )
-    share = 1 - achieved["params"] / achieved["params_before"]
+    request = (
+        f"`{record['method']}`, {_wanted(record)}, options: {_options(record)}, seed {record['requested']['seed']}"
+    )
     text = f"""---
 library_name: transformers
 tags: [pruned, secateur]
@@ -61,11 +131,11 @@ tags: [pruned, secateur]
 
 # Pruned with Secateur {record["secateur"]}
 
-Request: {_request(record)}. {share:.2%} of all parameters are gone, counted from the file.
+Request: {request}. {_share_removed(achieved):.2%} of all parameters are gone, counted from the file.
 
-{_counts_table(achieved)}
+{render_table(_counts_table(achieved))}
 
-{_sizes_table(record)}
+{render_table(_sizes_table(record))}
 
 Loads with plain `transformers`:
 
@@ -78,49 +148,122 @@ Loads with plain `transformers`:
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def write_report(
-    folder: Path,
-    record: dict[str, Any],
-    achieved: dict[str, int],
-    perplexity: dict[str, Any] | None,
-    speed: tuple[Figures, Figures] | None,
-    run: dict[str, str],
-) -> None:
-    """The report of a run, its measured times included.
-
-    Args:
-        speed: figures of ``evaluate_models`` for the dense and the pruned model.
-        run: how the run went: seconds, peak memory, device, ...
-    """
-    parts = [
-        f"# Secateur report\n\nRequest: {_request(record)}.",
-        "## Sizes",
-        _counts_table(achieved),
-        _sizes_table(record),
+def _request(facts: PruneFacts) -> Section:
+    record, data = facts.record, facts.record["data"]
+    rows = [
+        ["model", facts.model],
+        ["method", record["method"]],
+        ["wanted", _wanted(record)],
+        ["options", _options(record)],
+        ["layout", record["requested"]["layout"]],
+        ["seed", record["requested"]["seed"]],
     ]
-    quality = []
-    if perplexity is not None:
-        cells = change(perplexity["before"], perplexity["after"], ".3f")
-        what = f"perplexity ({perplexity['tokens']:,} tokens, windows of {perplexity['context']})"
-        quality.append([what, *cells])
-    if speed is not None:
-        for key, label in (
-            ("prefill_tokens_per_second", "prefill tokens/s"),
-            ("decode_tokens_per_second", "decode tokens/s"),
-        ):
-            quality.append([label, *change(speed[0][key], speed[1][key], ",.1f")])
-    if quality:
-        parts += ["## Quality and speed", table(["measure", "before", "after", "ratio"], quality)]
-    if record["notes"]:
-        parts += ["## What the method notes", table(["note", "value"], [[k, v] for k, v in record["notes"].items()])]
-    parts += ["## Run", table(["what", "value"], [[key, value] for key, value in run.items()])]
+    if data is not None:
+        rows.append(["calibration text", f"{data['windows']} windows of {data['length']} tokens"])
+    return Section(
+        "Request",
+        [
+            Table(["what", "value"], rows, "What was asked for", numbers=False),
+            Paragraph(
+                f"The same as a recipe, also in {RECIPE}; secateur prune --recipe {RECIPE} -o OUT repeats the run:"
+            ),
+            Listing(facts.recipe),
+        ],
+    )
+
+
+def _widths(facts: PruneFacts) -> Charts:
+    """Kept sizes of every block, in the numbering of the dense model: a block that is gone keeps nothing."""
+    before, after = facts.record["before"]["blocks"], facts.record["after"]["blocks"]
+    kept = dict(zip(facts.plan.blocks, after, strict=True))
+    charts = []
+    for key, label in UNITS.items():
+        series = {
+            "before": [(float(i), float(block[key])) for i, block in enumerate(before)],
+            "after": [(float(i), float(kept[i][key] if i in kept else 0)) for i in range(len(before))],
+        }
+        if key not in _ALWAYS and all(block[key] == before[i][key] for i, block in kept.items()):
+            continue
+        charts.append(Chart(f"{label[0].upper()}{label[1:]} per block", "block", label, series, kind="bars"))
+    return Charts(charts)
+
+
+def _compared(title: str, unit: str, before: float, after: float) -> Chart:
+    series = {title: [(0.0, before), (1.0, after)]}
+    return Chart(title, "model", unit, series, kind="bars", labels=("before", "after"))
+
+
+def _quality(facts: PruneFacts) -> Section:
+    rows, charts = [], []
+    figures = facts.perplexity
+    if figures is not None:
+        what = f"perplexity ({figures['tokens']:,} tokens, windows of {figures['context']})"
+        rows.append([what, *change(figures["before"], figures["after"], ".3f")])
+        if max(figures["before"], figures["after"]) < float("inf"):
+            charts.append(_compared("Perplexity", "perplexity, lower is better", figures["before"], figures["after"]))
+    for key, label in _SPEEDS.items():
+        before, after = (side[key] for side in facts.speed or ({key: None}, {key: None}))
+        if before is not None and after is not None:
+            rows.append([label, *change(before, after, ",.1f")])
+            charts.append(_compared(f"{label[0].upper()}{label[1:]}", "tokens per second", before, after))
+    if not rows:
+        return Section("Quality and speed", [Paragraph("Not measured: the run was given no held-out text (--text).")])
+    parts: list[Part] = [
+        Table(["measure", "before", "after", "ratio"], rows, "Measured in the same run"),
+        Charts(charts),
+    ]
+    return Section("Quality and speed", parts)
+
+
+def _method(facts: PruneFacts) -> list[Section]:
+    parts: list[Part] = []
+    notes = facts.record["notes"]
+    if notes:
+        rows = [[key.replace("_", " "), value] for key, value in notes.items()]
+        parts.append(Table(["note", "value"], rows, "Notes of the method", numbers=False))
+    if facts.plan.charts:
+        parts.append(Charts(facts.plan.charts))
+    return [Section("What the method saw", parts)] if parts else []
+
+
+def describe(facts: PruneFacts) -> Document:
+    """The report of a run, its measured times included."""
+    record, achieved = facts.record, facts.achieved
     data = record["data"]
     hashes = [["plan", record["plan_sha256"]]]
     if data is not None:
-        hashes.insert(0, [f"calibration text ({data['windows']} windows of {data['length']} tokens)", data["sha256"]])
-    parts += ["## Hashes (SHA-256)", table(["of", "value"], hashes)]
-    parts += ["Those of every tensor are in `secateur.json`."]
+        hashes.insert(0, ["calibration text", data["sha256"]])
+    loads = [[name, state] for name, state in record["loads_in"].items()]
+    sections = [
+        _request(facts),
+        Section("Sizes", [_counts_table(achieved), _parts_table(*facts.parts), _sizes_table(record), _widths(facts)]),
+        _quality(facts),
+        *_method(facts),
+        Section(
+            "Run",
+            [
+                Table(["what", "value"], list(facts.run.items()), "How the run went", numbers=False),
+                Table(["runtime", "loads"], loads, "What loads the result", numbers=False),
+            ],
+        ),
+        Section(
+            "Hashes (SHA-256)",
+            [
+                Table(["of", "value"], hashes, "What the result follows from", numbers=False),
+                Paragraph("Those of every tensor are in secateur.json."),
+            ],
+        ),
+    ]
     for key, title in (("passthrough", "Tensors that only travel along"), ("left_behind", "Files left behind")):
         if record[key]:
-            parts += [f"## {title}", "\n".join(f"* `{name}`" for name in record[key])]
-    (folder / REPORT).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            sections.append(Section(title, [Listing("\n".join(record[key]))]))
+    lead = (
+        f"{record['method']} removed {_share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "
+        f"before, {achieved['params']:,} after."
+    )
+    return Document("Secateur report", lead, sections)
+
+
+def write_report(folder: Path, facts: PruneFacts) -> None:
+    """Write the report as Markdown and as HTML."""
+    write_document(describe(facts), folder / REPORT, folder / PAGE)

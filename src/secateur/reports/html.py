@@ -1,0 +1,63 @@
+"""Documents as one self-contained HTML file: styles and drawings inside, nothing loaded from anywhere.
+
+The page names no other file, and its content security policy forbids what it might; it follows the reader's light or
+dark setting, prints, and is marked up for screen readers (language, headings, header cells, drawings in words with
+their numbers beside them).
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from secateur.plans import Chart
+from secateur.reports.document import Document, Table
+from secateur.reports.svg import STYLE, draw
+from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_TABLE = """\
+<div class="wide"><table{% if part.numbers %} class="numbers"{% endif %}>
+<caption>{{ part.caption }}</caption>
+<thead><tr>{% for name in part.head %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{%- for row in part.rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</tbody></table></div>"""
+
+
+def render_html(document: Document) -> str:
+    """A document as the text of an HTML file; every word of it is escaped."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = environment.from_string((files("secateur.reports") / "page.html.j2").read_text(encoding="utf-8"))
+    rows = environment.from_string(_TABLE)
+
+    def table(part: Table) -> Markup:
+        return Markup(rows.render(part=part))  # rendered by a template that escapes
+
+    def drawing(chart: Chart, identity: str) -> Markup:
+        return Markup(draw(chart, identity))  # escapes every word itself
+
+    context: dict[str, Any] = {"table": table, "draw": drawing, "numbers": numbers, "chart_style": Markup(STYLE)}
+    return template.render(document=document, version=__version__, **context) + "\n"
+
+
+def numbers(chart: Chart) -> Table:
+    """The points of a chart as a table, one row per place along x."""
+    places: dict[float, dict[str, float]] = {}
+    for name, points in chart.series.items():
+        for x, y in points:
+            places.setdefault(x, {})[name] = y
+    order = places if chart.kind == "bars" else sorted(places)
+    rows = []
+    for index, x in enumerate(order):
+        first = chart.labels[index] if index < len(chart.labels) else f"{x:.6g}"
+        found = places[x]
+        rows.append([first, *(f"{found[name]:.6g}" if name in found else "-" for name in chart.series)])
+    return Table([chart.x, *chart.series], rows, f"{chart.title}: {chart.y}")
