@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    Schema = TypeVar("Schema", bound=BaseModel)
 
 _FEW = 60  # names that a message can list
 
@@ -52,3 +57,31 @@ def near(name: str, known: Iterable[str]) -> str:
 def refuse(code: str, asked: str, found: str, hint: str = "") -> NoReturn:
     """Raise a :class:`RequestError`."""
     raise RequestError(code, asked, found, hint.rstrip("."))
+
+
+def validated(schema: type[Schema], values: Mapping[str, Any], of: str = "", hint: str = "") -> Schema:
+    """An object of ``schema`` from values by name.
+
+    Args:
+        schema: a pydantic model; its fields are the names there are.
+        of: whose options they are, for the message.
+        hint: what to do about a bad value.
+
+    Raises:
+        RequestError: an unknown name (near matches), or a value of the wrong kind or out of range.
+    """
+    from pydantic import ValidationError
+
+    owner = f" of {of}" if of else ""
+    unknown = sorted(set(values) - set(schema.model_fields))
+    if unknown:
+        refuse(
+            "unknown-option", f"option {unknown[0]!r}{owner}", "there is none", near(unknown[0], schema.model_fields)
+        )
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "options"
+        asked = f"option {key}={values.get(key)!r}{owner}"
+        raise RequestError("bad-option", asked, first["msg"].removeprefix("Value error, "), hint) from error

@@ -17,7 +17,7 @@ from secateur.data.windows import encode, load_tokenizer
 from secateur.engine.journal import locked, work_folder
 from secateur.engine.prepare import context_of
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.run import next_free
+from secateur.engine.publish import next_free
 from secateur.errors import InternalError, near, refuse
 from secateur.families.loading import is_square, status
 from secateur.meters.perplexity import fits

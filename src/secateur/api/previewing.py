@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.api.pruning import require_output, require_text
+from secateur.api.outputs import require_output, require_text
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.checkpoints.hub import locate
 from secateur.engine.prepare import (
@@ -58,7 +58,7 @@ def preview(model: str | Path | None = None, *, recipe: str | Path | None = None
             require_text(request)
         if request.output is not None:
             with collecting():
-                require_output(request)
+                require_output(request, "a prune")
         if request.data not in (None, "-") and request.data.startswith(("/", ".")) and not Path(request.data).exists():
             problems.append(RequestError("no-data", f"data {request.data!r}", "there is no such file or folder"))
     if name is not None:

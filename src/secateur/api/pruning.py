@@ -5,34 +5,32 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from secateur.api.modules import Model, load_as, save_module
+from secateur.api.outputs import achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
-from secateur.engine.journal import locked, work_folder
+from secateur.engine.journal import work_folder
 from secateur.engine.prepare import (
     Prepared,
     prepare,
 )
 from secateur.engine.progress import Progress, Silent
+from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import Run, requested
-from secateur.errors import RequestError, refuse
-from secateur.families.stock import quiet_transformers
-from secateur.meters.counts import count, count_parts
+from secateur.meters.counts import count_parts
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
 from secateur.meters.perplexity import Text, fits, perplexity
 from secateur.methods.base import worth
 from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
-
-Model = str | Path | nn.Module
 
 
 @dataclass(frozen=True)
@@ -105,40 +103,25 @@ def prune(
         name = None if model is None else str(model)
         return _prune_folder(make_request({**values, "model": name}, file), progress or Silent())
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        config: Any = model.config
-        named = config.architectures
-        with quiet_transformers():
-            model.save_pretrained(folder)  # type: ignore[operator]
-        config.architectures = named  # saving writes the class's name into the module's own configuration
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        folder = save_module(model, tokenizer, Path(temporary) / "model")
         if output is None:
             values["output"] = str(Path(temporary) / "pruned")
         request = make_request({**values, "model": str(folder)}, file)
         result = _prune_folder(request, progress or Silent(), named=False)
-        with quiet_transformers():
-            pruned = type(model).from_pretrained(result.output, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
-        pruned.train(model.training)
-        if inplace:
-            model.__dict__.update(pruned.__dict__)
-            pruned = model
+        pruned = load_as(model, Path(str(result.output)), inplace)
         shown = result.output if output is not None else None
         return replace(result, output=shown, model=pruned)
 
 
 def _prune_folder(request: PruneRequest, progress: Progress, named: bool = True) -> PruneResult:
     started = time.perf_counter()
-    output = require_output(request)
+    output = require_output(request, "a prune")
     require_text(request)
     with MemoryWatch() as memory:
         prepared = prepare(request)
-        if output.resolve() == prepared.checkpoint.folder.path.resolve():
-            refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with _cleared_on_refusal(work_folder(output)), locked(work_folder(output)):
+        with workplace(output, [prepared.checkpoint]):
             parts = (
                 _copy(prepared, output, progress)
                 if request.is_copy
@@ -178,7 +161,7 @@ def _cut(
     text = _text(prepared)
     record = run.write(plan)
     result = Checkpoint.open(run.result)
-    achieved = _achieved(prepared.checkpoint, result)
+    achieved = achieved_of(prepared.checkpoint, result)
     figures = None if text is None else _perplexities(prepared, result, text, progress)
     speed = _speeds(prepared, result) if text is not None else None
     write_card(run.result, record, achieved)
@@ -212,8 +195,8 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
     if text is not None:
         value = perplexity(checkpoint, text, prepared.dtype, prepared.device)
         figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
-    Run.replace(copy, output, progress)
-    return _achieved(checkpoint, checkpoint), figures, {"transformers": f"verified({transformers.__version__})"}
+    publish(copy, output, progress)
+    return achieved_of(checkpoint, checkpoint), figures, {"transformers": f"verified({transformers.__version__})"}
 
 
 def _text(prepared: Prepared) -> Text | None:
@@ -222,38 +205,6 @@ def _text(prepared: Prepared) -> Text | None:
     if request.text is None:
         return None
     return Text.read(request.text, prepared.checkpoint, request.context, request.trust_remote_code)
-
-
-def require_output(request: PruneRequest) -> Path:
-    if request.output is None:
-        refuse("no-output", "a prune", "no output folder is named", "-o small/")
-    output = Path(request.output)
-    if output.exists() and not request.force:
-        hint = "choose another folder, or --force to move the old one aside"
-        refuse("output-exists", f"output {request.output!r}", "it exists already", hint)
-    return output
-
-
-def require_text(request: PruneRequest) -> None:
-    if request.text is not None and not Path(request.text).is_file():
-        refuse("no-text", f"text {request.text!r}", "there is no such file")
-
-
-@contextmanager
-def _cleared_on_refusal(folder: Path) -> Iterator[None]:
-    """A refused request leaves no work folder behind, unless it holds somebody else's work."""
-    existed = folder.exists()
-    try:
-        yield
-    except RequestError:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _achieved(before: Checkpoint, after: Checkpoint) -> dict[str, int]:
-    new, old = count(after), count(before)
-    return {**new, **{f"{key}_before": value for key, value in old.items()}}
 
 
 def _perplexities(prepared: Prepared, result: Checkpoint, text: Text, progress: Progress) -> dict[str, Any]:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Final
+
+from secateur.checkpoints.folder import INDEX
+
+_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
+CARD: Final = "README.md"
+SOURCE_CARD: Final = "README.source.md"
 
 
 def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
@@ -25,3 +32,33 @@ def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool]) -> N
             copy_folder(path, target / entry.name, wanted)
         elif entry.is_file():
             shutil.copyfile(path, target / entry.name)
+
+
+def copy_companions(source: Path, target: Path, own: Collection[Path]) -> list[str]:
+    """Copy everything but weights from one checkpoint folder to another; the card steps aside as README.source.md.
+
+    Where the source has a README.source.md already, its card is one of ours, and the older one stays.
+
+    Args:
+        own: resolved folders of the run itself, which may lie in the source.
+
+    Returns:
+        Weight files of other formats: they would be stale, and are left out.
+    """
+    left: list[str] = []
+
+    def wanted(path: Path) -> bool:
+        if path.resolve() in own or path.name == INDEX or path.name.startswith(".git"):
+            return False
+        if path.is_dir() or path.suffix not in _OTHER_WEIGHTS:
+            return True
+        if path.suffix != ".safetensors":
+            left.append(str(path.relative_to(source)))
+        return False
+
+    copy_folder(source, target, wanted)
+    if (source / CARD).is_file() and not (
+        source / SOURCE_CARD
+    ).is_file():  # a card in the target may also be ours, of an interrupted run
+        (target / CARD).replace(target / SOURCE_CARD)
+    return sorted(left)

@@ -1,46 +1,51 @@
-"""The one request object behind the command line, the YAML recipe and the Python call."""
+"""The request objects behind the command line, the YAML recipe and the Python call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.budgets import Target, parse_target, ratio_target
-from secateur.errors import RequestError, near, refuse
+from secateur.errors import refuse, validated
 from secateur.families import Layout
 
 ComputeType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
-class PruneRequest(BaseModel):
-    """What ``secateur prune`` was asked to do. Fields are named as the options of the command line."""
+class Request(BaseModel):
+    """What every request for a new folder says. Fields are named as the options of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     output: str | None = None
-    method: str | None = None
-    ratio: float | None = None
-    target: tuple[str, ...] = ()
     data: str | None = None
-    samples: int = Field(128, ge=1)
     length: int | None = Field(None, ge=2)
     text_field: str = "text"
     options: dict[str, Any] = Field(default_factory=dict)
-    layout: Layout = "native"
     text: str | None = None
     context: int | None = Field(None, ge=2)
-    quantum: int | None = Field(None, ge=1)
-    tolerance: float | None = Field(None, ge=0)
     device: str = "auto"
     dtype: ComputeType = "auto"
     seed: int = Field(0, ge=0)
     trust_remote_code: bool = False
     force: bool = False
+
+
+class PruneRequest(Request):
+    """What ``secateur prune`` was asked to do."""
+
+    method: str | None = None
+    ratio: float | None = None
+    target: tuple[str, ...] = ()
+    samples: int = Field(128, ge=1)
+    layout: Layout = "native"
+    quantum: int | None = Field(None, ge=1)
+    tolerance: float | None = Field(None, ge=0)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -55,35 +60,47 @@ class PruneRequest(BaseModel):
 
 
 def make_request(values: dict[str, Any], recipe: Path | None = None) -> PruneRequest:
-    """A checked request from keyword values over those of a recipe.
+    """A checked request to prune, from keyword values over those of a recipe.
+
+    Raises:
+        RequestError: as :func:`over_recipe` and :func:`checked`; bad ratio or target.
+    """
+    merged = over_recipe(values, recipe)
+    if merged.get("ratio") is not None:
+        ratio_target(merged["ratio"])
+    request = checked(PruneRequest, merged, "a prune")
+    _ = request.targets  # refuses bad ones now
+    return request
+
+
+Asked = TypeVar("Asked", bound=Request)
+
+
+def checked(schema: type[Asked], values: dict[str, Any], what: str) -> Asked:
+    """A request of a kind from its values; it must name a model.
+
+    Raises:
+        RequestError: as :func:`secateur.errors.validated`, or no model.
+    """
+    if set(values) <= set(schema.model_fields) and not values.get("model"):
+        refuse("no-model", what, "no model is named", "name MODEL, or model: in the recipe")
+    return validated(schema, values)
+
+
+def over_recipe(values: dict[str, Any], recipe: Path | None) -> dict[str, Any]:
+    """Keyword values over those of a recipe; None and empty ones leave the recipe's.
 
     Args:
-        values: options by name; None and empty ones leave the recipe's.
+        values: options by name.
         recipe: YAML file with the same names.
 
     Raises:
-        RequestError: unknown names (near matches), values of the wrong kind, bad ratio or target.
+        RequestError: the recipe cannot be read.
     """
     merged: dict[str, Any] = _read_recipe(recipe) if recipe is not None else {}
     values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
     merged.update({key: value for key, value in values.items() if value is not None and value not in ((), {}, [])})
-    if merged.get("ratio") is not None:
-        ratio_target(merged["ratio"])
-    unknown = sorted(set(merged) - set(PruneRequest.model_fields))
-    if unknown:
-        raise RequestError(
-            "unknown-option", f"option {unknown[0]!r}", "there is none", near(unknown[0], PruneRequest.model_fields)
-        )
-    if not merged.get("model"):
-        refuse("no-model", "a prune", "no model is named", "name MODEL, or model: in the recipe")
-    try:
-        request = PruneRequest.model_validate(merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "request"
-        raise RequestError("bad-option", f"option {key}={merged.get(key)!r}", first["msg"]) from error
-    _ = request.targets  # refuses bad ones now
-    return request
+    return merged
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -101,7 +118,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
-def recipe_of(request: PruneRequest, method: str, options: Mapping[str, Any], named: bool = True) -> str:
+def recipe_of(request: Request, method: str, options: Mapping[str, Any], named: bool = True) -> str:
     """A request as the YAML that ``--recipe`` reads: what differs from the defaults, and the method that was chosen.
 
     Where the result goes (``output``, ``force``) is left to the command.

@@ -12,13 +12,14 @@ from typing import Any, Final
 import torch
 
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
-from secateur.checkpoints.companions import copy_folder
-from secateur.checkpoints.folder import CONFIG, INDEX, RECORD
+from secateur.checkpoints.companions import copy_companions
+from secateur.checkpoints.folder import CONFIG, RECORD
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.prepare import Prepared
 from secateur.engine.progress import Progress
+from secateur.engine.publish import publish
 from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
 from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
@@ -31,7 +32,6 @@ from secateur.spaces import BlockView
 from secateur.version import __version__
 
 LEARNED: Final = "learned"
-_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
 
 
 class Run:
@@ -86,7 +86,7 @@ class Run:
         request = self.prepared.request
         return {
             "version": __version__,
-            "model": _model_digest(self.checkpoint),
+            "model": model_digest(self.checkpoint),
             "method": self.prepared.method.name,
             "options": self.prepared.method.model_dump(mode="json"),
             "artifacts": {name: artifact.digest() for name, artifact in self.artifacts.items()},
@@ -172,24 +172,10 @@ class Run:
 
     def _copy_companions(self, target: Architecture) -> list[str]:
         """Write config.json, copy every other file of the source; returns weight files of other formats, left out."""
-        source = self.checkpoint.folder.path
         own = {self.output.resolve(), self.work.resolve()}
-        left: list[str] = []
-
-        def wanted(path: Path) -> bool:
-            if path.resolve() in own or path.name in (INDEX, CONFIG) or path.name.startswith(".git"):
-                return False
-            if path.is_dir() or path.suffix not in _OTHER_WEIGHTS:
-                return True
-            if path.suffix != ".safetensors":
-                left.append(str(path.relative_to(source)))
-            return False
-
-        copy_folder(source, self.result, wanted)
-        if (source / "README.md").is_file():  # a card in the result may also be ours, of an interrupted run
-            (self.result / "README.md").replace(self.result / "README.source.md")
+        left = copy_companions(self.checkpoint.folder.path, self.result, own)
         (self.result / CONFIG).write_text(json.dumps(target.raw, indent=2) + "\n", encoding="utf-8")
-        return sorted(left)
+        return left
 
     def _write_resize(self, target: Architecture) -> None:
         """Where layers differ: how, and the modelling file that knows what to do about it."""
@@ -224,26 +210,7 @@ class Run:
 
     def publish(self) -> None:
         """Let the output appear and drop the work folder."""
-        self.replace(self.result, self.output, self.progress)
-
-    @staticmethod
-    def replace(result: Path, output: Path, progress: Progress) -> None:
-        """Let ``result`` appear as ``output`` by one rename, an old output moved aside first; drops the work folder."""
-        if output.exists():
-            aside = next_free(output)
-            output.rename(aside)
-            progress.note(f"the old {output.name} is now {aside.name}")
-        result.rename(output)
-        shutil.rmtree(work_folder(output))
-
-
-def next_free(folder: Path) -> Path:
-    """``OUT.previous``, ``OUT.previous-2``, ...: the first that does not exist."""
-    aside, number = folder.with_name(f"{folder.name}.previous"), 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}.previous-{number}")
-    return aside
+        publish(self.result, self.output, self.progress)
 
 
 def requested(prepared: Prepared) -> dict[str, Any]:
@@ -259,7 +226,7 @@ def requested(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _model_digest(checkpoint: Checkpoint) -> str:
+def model_digest(checkpoint: Checkpoint) -> str:
     """SHA-256 over the configuration and, for every weight file, its name, size, time and header."""
     folder = checkpoint.folder
     sha = hashlib.sha256((folder.path / CONFIG).read_bytes())

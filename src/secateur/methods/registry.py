@@ -7,9 +7,11 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
-from secateur.errors import RequestError, near
+from secateur.errors import RequestError, near, validated
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from secateur.methods.base import Method
 
 ENTRY_POINTS: Final = "secateur.methods"
@@ -47,24 +49,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     Raises:
         RequestError: unknown method, unknown option (near matches), or a value out of range.
     """
-    from pydantic import ValidationError
-
-    kind = method_class(name)
-    unknown = sorted(set(options) - set(kind.model_fields))
-    if unknown:
-        raise RequestError(
-            "unknown-option",
-            f"option {unknown[0]!r} of {name}",
-            "the method has no such option",
-            near(unknown[0], kind.model_fields),
-        )
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:1]) or "options"
-        asked = f"option {key}={options.get(key)!r} of {name}"
-        raise RequestError("bad-option", asked, first["msg"], f"see: secateur methods {name}") from error
+    return validated(method_class(name), options, name, f"see: secateur methods {name}")
 
 
 def describe_method(name: str) -> dict[str, Any]:
@@ -72,20 +57,25 @@ def describe_method(name: str) -> dict[str, Any]:
     from secateur.methods.base import WORTH
 
     kind = method_class(name)
-    options = {}
-    for key, entry in kind.model_json_schema()["properties"].items():
-        parts = [entry, *entry.get("anyOf", ())]
-        options[key] = {
-            "type": next((part["type"] for part in parts if part.get("type", "null") != "null"), "any"),
-            "choices": next((part["enum"] for part in parts if "enum" in part), None),
-            "default": kind.model_fields[key].default,
-            "description": entry.get("description", ""),
-        }
     return {
         "title": kind.title,
         "paper": kind.paper,
         "data": kind.data,
         "output": kind.output,
         "worth": WORTH[kind.output],
-        "options": options,
+        "options": describe_options(kind),
     }
+
+
+def describe_options(schema: type[BaseModel]) -> dict[str, Any]:
+    """Type, choices, default and description of every option of a schema."""
+    options = {}
+    for key, entry in schema.model_json_schema()["properties"].items():
+        parts = [entry, *entry.get("anyOf", ())]
+        options[key] = {
+            "type": next((part["type"] for part in parts if part.get("type", "null") != "null"), "any"),
+            "choices": next((part["enum"] for part in parts if "enum" in part), None),
+            "default": schema.model_fields[key].default,
+            "description": entry.get("description", ""),
+        }
+    return options

@@ -1,0 +1,57 @@
+"""What every command that writes a folder does around its work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from secateur.checkpoints import Checkpoint
+from secateur.engine.journal import locked, work_folder
+from secateur.engine.request import Request
+from secateur.errors import RequestError, refuse
+from secateur.meters.counts import count
+
+
+def require_output(request: Request, what: str) -> Path:
+    """The folder to write; it must be named, and free unless ``--force`` is given."""
+    if request.output is None:
+        refuse("no-output", what, "no output folder is named", "-o small/")
+    output = Path(request.output)
+    if output.exists() and not request.force:
+        hint = "choose another folder, or --force to move the old one aside"
+        refuse("output-exists", f"output {request.output!r}", "it exists already", hint)
+    return output
+
+
+def require_text(request: Request) -> None:
+    """The held-out text must be there; it is not opened."""
+    if request.text is not None and not Path(request.text).is_file():
+        refuse("no-text", f"text {request.text!r}", "there is no such file")
+
+
+@contextmanager
+def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[None]:
+    """Hold the work folder of an output that is none of the inputs.
+
+    A refused request leaves no work folder behind, unless it holds somebody else's work.
+    """
+    if output.resolve() in {checkpoint.folder.path.resolve() for checkpoint in inputs}:
+        refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = work_folder(output)
+    existed = folder.exists()
+    try:
+        with locked(folder):
+            yield
+    except RequestError:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def achieved_of(before: Checkpoint, after: Checkpoint) -> dict[str, int]:
+    """Sizes and costs of both, those of the first under ``..._before``."""
+    new, old = count(after), count(before)
+    return {**new, **{f"{key}_before": value for key, value in old.items()}}
