@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.version import __version__
 
-_PUBLIC = ("evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune")
+_PUBLIC = ("evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune", "recover")
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, export, families, inspect, load, methods, preview, prune
+    from secateur.api import evaluate, export, families, inspect, load, methods, preview, prune, recover
 
 __all__ = [
     "SecateurError",
@@ -25,6 +25,7 @@ __all__ = [
     "methods",
     "preview",
     "prune",
+    "recover",
 ]
 
 

@@ -4,5 +4,18 @@ from secateur.api.exporting import export
 from secateur.api.facts import evaluate, families, inspect, load, methods
 from secateur.api.previewing import preview
 from secateur.api.pruning import PruneResult, prune
+from secateur.api.recovering import RecoverResult, recover
 
-__all__ = ["PruneResult", "evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune"]
+__all__ = [
+    "PruneResult",
+    "RecoverResult",
+    "evaluate",
+    "export",
+    "families",
+    "inspect",
+    "load",
+    "methods",
+    "preview",
+    "prune",
+    "recover",
+]

@@ -100,6 +100,28 @@ def show_prune(result: dict[str, Any]) -> None:
             f"perplexity {figures['before']:.3f} -> {figures['after']:.3f} "
             f"({figures['tokens']:,} tokens, windows of {figures['context']})"
         )
+    _show_end(result)
+
+
+def show_recover(result: dict[str, Any]) -> None:
+    training, figures = result["training"], result["perplexity"]
+    _out.print(
+        f"{training['steps']} steps, {training['tokens']:,} tokens; "
+        f"{training['trainable_params']:,} parameters trained; step {training['kept_step']} kept"
+    )
+    held_back = training["validation"]
+    if held_back["before"] is not None:
+        _out.print(f"held-back cross entropy {held_back['before']:.4f} -> {held_back['after']:.4f} nats per token")
+    if figures is not None:
+        teacher = "" if figures["teacher"] is None else f", teacher {figures['teacher']:.3f}"
+        _out.print(
+            f"perplexity {figures['before']:.3f} -> {figures['after']:.3f}{teacher} "
+            f"({figures['tokens']:,} tokens, windows of {figures['context']})"
+        )
+    _show_end(result)
+
+
+def _show_end(result: dict[str, Any]) -> None:
     loads = ", ".join(f"{name} {state}" for name, state in result["loads_in"].items())
     _out.print(f"{result['seconds']:.1f} s, peak {result['peak_rss_bytes'] / 2**20:,.0f} MiB; loads in: {loads}")
     _out.print(f"written to {result['output']}", highlight=False)

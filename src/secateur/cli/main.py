@@ -89,8 +89,8 @@ def _request(values: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the API from those of the command line; what was not given is left out."""
     given = {key: value for key, value in values.items() if key not in ("model", "as_json", "set_")}
     given["options"] = _options(values["set_"])
-    given["target"] = tuple(values["target"] or ())
-    return {key: value for key, value in given.items() if value is not None and value is not False}
+    given["target"] = tuple(values.get("target") or ())
+    return {key: value for key, value in given.items() if value is not None and value is not False and value != ()}
 
 
 @app.command()
@@ -127,6 +127,44 @@ def prune(
         result = api.prune(model, progress=progress, **values)
     print(f"# recipe of this run\n{result.recipe}", end="", file=sys.stderr)
     _show(result.as_dict(), as_json, show_prune)
+
+
+@app.command()
+def recover(
+    model: ModelArg,
+    output: OutputOption = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", metavar="MODEL2", help="uncut model to learn from")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="lora or full [default: lora]")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="text to train on: file, folder, hub data set, -")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="updates [default: 600]")] = None,
+    epochs: Annotated[float | None, typer.Option("--epochs", help="passes over the data, instead of --steps")] = None,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="stop training by then")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="windows to use [default: as the steps need]")
+    ] = None,
+    length: LengthOption = None,
+    text_field: FieldOption = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="see: docs/recover.md")] = None,
+    text: TextOption = None,
+    context: ContextOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    recipe: RecipeOption = None,
+    trust_remote_code: RemoteOption = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a cut MODEL for a while (LoRA, full or from a teacher) and write the same kind of checkpoint."""
+    values = _request(locals())
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_recover
+
+    with ConsoleProgress() as progress:
+        result = api.recover(model, progress=progress, **values)
+    _show(result.as_dict(), as_json, show_recover)
 
 
 def _with_options_of_prune(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from secateur.checkpoints.companions import CARD, SOURCE_CARD
 from secateur.meters.counts import PARTS
 from secateur.meters.evaluate import Figures
 from secateur.plans import Chart, Plan
@@ -15,7 +16,6 @@ from secateur.reports.markdown import render_table, table
 
 REPORT: Final = "secateur-report.md"
 PAGE: Final = "secateur-report.html"
-CARD: Final = "README.md"
 RECIPE: Final = "recipe.yaml"
 UNITS: Final = {
     "ffn": "FFN neurons",
@@ -58,7 +58,8 @@ class PruneFacts:
     run: dict[str, str]
 
 
-def _sizes_table(record: dict[str, Any]) -> Table:
+def sizes_table(record: dict[str, Any]) -> Table:
+    """Sizes before and after the cut."""
     before, after = record["before"], record["after"]
     rows = [["residual width", *change(before["residual"], after["residual"])]]
     rows.append(["blocks", *change(len(before["blocks"]), len(after["blocks"]))])
@@ -80,7 +81,8 @@ def _per_block(before: dict[str, Any], after: dict[str, Any], key: str, times: s
     return [*shown, f"{means[1] / means[0]:.1%}" if means[0] else "-"]
 
 
-def _counts_table(achieved: dict[str, int]) -> Table:
+def counts_table(achieved: dict[str, int]) -> Table:
+    """Parameters, bytes, FLOPs and cache before and after."""
     labels = {
         "params": "parameters",
         "bytes": "bytes of weight files",
@@ -117,9 +119,7 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
     """The model card: only what the same request gives again, byte for byte."""
     loads = table(["runtime", "loads"], [[name, state] for name, state in record["loads_in"].items()])
     origin = (
-        "\n\nThe card of the model it was made from is in `README.source.md`."
-        if (folder / "README.source.md").is_file()
-        else ""
+        f"\n\nThe card of the model it was made from is in `{SOURCE_CARD}`." if (folder / SOURCE_CARD).is_file() else ""
     )
     request = (
         f"`{record['method']}`, {_wanted(record)}, options: {_options(record)}, seed {record['requested']['seed']}"
@@ -133,9 +133,9 @@ tags: [pruned, secateur]
 
 Request: {request}. {_share_removed(achieved):.2%} of all parameters are gone, counted from the file.
 
-{render_table(_counts_table(achieved))}
+{render_table(counts_table(achieved))}
 
-{render_table(_sizes_table(record))}
+{render_table(sizes_table(record))}
 
 Loads with plain `transformers`:
 
@@ -236,7 +236,7 @@ def describe(facts: PruneFacts) -> Document:
     loads = [[name, state] for name, state in record["loads_in"].items()]
     sections = [
         _request(facts),
-        Section("Sizes", [_counts_table(achieved), _parts_table(*facts.parts), _sizes_table(record), _widths(facts)]),
+        Section("Sizes", [counts_table(achieved), _parts_table(*facts.parts), sizes_table(record), _widths(facts)]),
         _quality(facts),
         *_method(facts),
         Section(
