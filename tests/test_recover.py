@@ -1,0 +1,565 @@
+"""Recovery: what was cut away is trained back, in a folder of the same kind, and a killed run goes on to the byte."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import grid
+import models
+import secateur
+from conftest import Checkpoints
+from secateur.api import RecoverResult, recovering
+from secateur.checkpoints import Checkpoint
+from secateur.cli import main
+from secateur.engine.journal import work_folder
+from secateur.errors import RequestError
+from secateur.training.adapters import adapt, cut_shares, merged, ranks_of
+from secateur.training.loop import Length, Trainer, batch_rows, rate_factor
+from secateur.training.objective import Objective, divergence, pairs_of
+from secateur.training.options import Training, make_recovery
+from secateur.training.snapshots import Snapshots
+
+STEPS: dict[str, Any] = {"steps": 12, "length": 16}
+OPTIONS: dict[str, Any] = {"batch": 4, "every": 4, "validation": 4, "rank": 4, "learning_rate": 1e-2}
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL inside the process."""
+
+
+@pytest.fixture(scope="module")
+def cut(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Pruned tiny models."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp("cut") / name
+            secateur.prune(checkpoint(name, dtype), method="magnitude", ratio=0.15, output=made[name, dtype])
+        return made[name, dtype]
+
+    return get
+
+
+def recover(
+    model: Any, out: Path | None, notes: Path, options: dict[str, Any] | None = None, **more: Any
+) -> RecoverResult:
+    """A short recovery."""
+    return secateur.recover(model, output=out, data=notes, options={**OPTIONS, **(options or {})}, **{**STEPS, **more})
+
+
+# -- what it does ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "taught", "options"),
+    [
+        ("lora", False, {}),
+        ("full", False, {"learning_rate": 3e-3}),
+        ("lora", True, {"distill": 1.0, "temperature": 2.0}),
+        ("full", True, {"hidden": 0.5, "learning_rate": 3e-3}),
+    ],
+)
+def test_loss_falls(
+    method: str, taught: bool, options: dict[str, Any], checkpoint: Checkpoints, cut: Checkpoints, notes: Path,
+    held_out: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    teacher = checkpoint() if taught else None
+    result = recover(cut(), tmp_path / "out", notes, options, method=method, teacher=teacher, text=held_out, context=32)
+    assert result.perplexity is not None
+    curve = json.loads((tmp_path / "out" / "secateur.json").read_text())["recovery"][0]["curve"]
+    assert [point["steps"] for point in curve] == [0, 4, 8, 12]
+    assert curve[-1]["loss"] < curve[1]["loss"]
+    if not taught:  # an untrained teacher knows nothing about the text
+        assert result.training["validation"]["after"] < result.training["validation"]["before"]
+        assert result.perplexity["after"] < result.perplexity["before"]
+    assert (result.perplexity["teacher"] is None) is not taught
+
+
+@pytest.mark.parametrize("name", sorted(models.ALL))
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_every_family_keeps_its_form(name: str, method: str, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Names, data types, files and configuration stay; weights change; plain transformers loads it."""
+    before = grid.hashes(cut(name))
+    result = recover(cut(name), tmp_path / "out", notes, method=method, steps=2)
+    assert grid.hashes(cut(name)) == before
+    old, new = Checkpoint.open(cut(name)), Checkpoint.open(tmp_path / "out")
+    assert old.folder.headers == new.folder.headers
+    assert models.config(cut(name)) == models.config(tmp_path / "out")
+    assert result.achieved["params"] == result.achieved["params_before"] == old.params
+    state, source = models.load(tmp_path / "out").state_dict(), models.load(cut(name)).state_dict()
+    changed = {key for key, tensor in state.items() if not torch.equal(tensor, source[key])}
+    assert changed
+    if method == "lora":
+        assert not any("norm" in key or "embed" in key or key.endswith("bias") for key in changed)
+    else:
+        unused = {key for key in state if key.endswith("k_proj.bias")}  # softmax is blind to it without rotary
+        assert set(state) - changed <= unused
+
+
+@pytest.mark.parametrize("name", ["sharded", "gpt2-bare", "tied-repeated", "mixtral-fused", "mixtral-sharded"])
+def test_every_form_on_disk(name: str, checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Also of a model that was never cut; tensors that are no parameters travel along."""
+    recover(checkpoint(name), tmp_path / "out", notes, method="full", steps=2)
+    old, new = Checkpoint.open(checkpoint(name)), Checkpoint.open(tmp_path / "out")
+    assert old.folder.headers == new.folder.headers
+    for (key, tensor), (_, other) in zip(
+        old.folder.read(h.name for h in old.passthrough), new.folder.read(h.name for h in old.passthrough), strict=True
+    ):
+        assert torch.equal(tensor, other), key
+    models.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_data_type_stays(dtype: torch.dtype, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Trained in at least float32, written as it was."""
+    result = recover(cut("llama", dtype), tmp_path / "out", notes)
+    assert {p.dtype for p in models.load(tmp_path / "out", dtype="auto").parameters()} == {dtype}
+    assert result.training["validation"]["after"] < result.training["validation"]["before"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama-tied", "mixtral"])
+def test_the_merged_model_is_the_adapted_one(name: str, cut: Checkpoints) -> None:
+    """Also with a rank of its own for every matrix, and for stacked experts."""
+    checkpoint, model = Checkpoint.open(cut(name)), models.load(cut(name))
+    names = [key for key, _ in model.named_parameters()]
+    options = Training(rank=3, ranks={"0": 5, "down": 2, "1.down": 4, "2": 0})
+    ranks = ranks_of(checkpoint.architecture, options, None)
+    adapted = adapt(model, checkpoint.architecture, ranks, 2.0, seed=0)
+    found = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    assert len(found) == 2 * len(ranks)
+    assert not any(".2." in key.partition("lora")[0] for key in found)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in found.values():
+            parameter.normal_(std=0.1, generator=generator)
+        expected = adapted(input_ids=models.token_ids(), use_cache=False).logits
+        plain = merged(adapted)
+        torch.testing.assert_close(plain(models.token_ids()).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - models.load(cut(name))(models.token_ids()).logits).abs().max() > 0.1
+    assert [key for key, _ in plain.named_parameters()] == names
+
+
+def test_ranks_by_block_and_role(cut: Checkpoints) -> None:
+    architecture = Checkpoint.open(cut()).architecture
+    ranks = ranks_of(architecture, Training(rank=3, ranks={"0": 5, "down": 2, "1.down": 4}), None)
+    assert ranks["model.layers.0.mlp.down_proj.weight"] == 5  # a block before a role
+    assert ranks["model.layers.1.mlp.down_proj.weight"] == 4
+    assert ranks["model.layers.2.mlp.down_proj.weight"] == 2
+    assert ranks["model.layers.2.self_attn.q_proj.weight"] == 3
+    some = ranks_of(architecture, Training(rank=100, roles=("q", "down")), None)
+    assert {key.split(".")[-2] for key in some} == {"q_proj", "down_proj"}
+    assert some["model.layers.0.self_attn.q_proj.weight"] == 48  # no more than the matrix has
+
+
+def test_automatic_ranks_follow_the_cut(cut: Checkpoints, checkpoint: Checkpoints) -> None:
+    """Equal cuts get equal ranks; a block that lost nothing gets the least."""
+    small, dense = Checkpoint.open(cut()).architecture, Checkpoint.open(checkpoint()).architecture
+    before = dense.sizes
+    assert len(set(cut_shares(small, before))) == 1
+    even = ranks_of(small, Training(ranks="auto"), before)
+    assert set(even.values()) == {16}
+    with mock.patch("secateur.training.adapters.cut_shares", return_value=[0.3, 0.1, 0.0]):
+        uneven = ranks_of(small, Training(rank=4, ranks="auto"), before)
+    assert [uneven[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(3)] == [9, 3, 1]
+    with pytest.raises(RequestError, match="nothing was cut"):
+        ranks_of(dense, Training(ranks="auto"), before)
+    with pytest.raises(RequestError, match="unknown what was cut"):
+        ranks_of(dense, Training(ranks="auto"), None)
+
+
+def test_automatic_ranks_from_the_record(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    recover(cut(), tmp_path / "out", notes, {"ranks": "auto"}, steps=2)
+    ranks = json.loads((tmp_path / "out" / "secateur.json").read_text())["recovery"][0]["ranks"]
+    assert set(ranks.values()) == {4}
+
+
+def test_only_the_roles_asked_for_are_trained(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    recover(cut(), tmp_path / "out", notes, {"roles": "ffn_norm,down"}, method="full", steps=2)
+    state, source = models.load(tmp_path / "out").state_dict(), models.load(cut()).state_dict()
+    changed = {key for key, tensor in state.items() if not torch.equal(tensor, source[key])}
+    assert {key.split(".")[-2] for key in changed} == {"post_attention_layernorm", "down_proj"}
+
+
+def test_hidden_states_of_another_width(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """A narrower stream learns through linear maps, a shallower one from the blocks at the same depth."""
+    for kind in ("residual", "blocks"):
+        small = tmp_path / kind
+        secateur.prune(
+            checkpoint(), method="magnitude", options={"sparsity": 0.33, "spaces": kind}, output=small, quantum=1
+        )
+        result = recover(
+            small, tmp_path / f"{kind}-out", notes, {"hidden": 1.0, "distill": 0.0}, teacher=checkpoint(), method="full"
+        )
+        assert result.training["validation"]["after"] < result.training["validation"]["before"]
+    assert pairs_of(2, 3) == [(0, 1), (1, 2)]
+    assert pairs_of(3, 3) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_divergence_is_zero_of_equals_only() -> None:
+    one, other = torch.randn(2, 2, 5, 7, dtype=torch.float64)
+    assert float(divergence(one, one, 2.0)) == pytest.approx(0, abs=1e-6)
+    expected = sum(
+        torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=other[row, at] / 2),
+            torch.distributions.Categorical(logits=one[row, at] / 2),
+        )
+        for row in range(2)
+        for at in range(4)
+    )
+    assert float(divergence(one, other, 2.0)) == pytest.approx(4 * float(expected) / 8, rel=1e-5)
+
+
+def test_the_objective_mixes(checkpoint: Checkpoints, cut: Checkpoints) -> None:
+    teacher, student, ids = models.load(checkpoint()), models.load(cut()), models.token_ids()
+    with torch.no_grad():
+        losses = [float(Objective(Training(distill=w), teacher)(student, ids)[0]) for w in (0.0, 0.25, 1.0)]
+        assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)
+        assert float(Objective(Training(distill=1.0, hidden=1.0), teacher)(teacher, ids)[0]) == pytest.approx(
+            0, abs=1e-5
+        )
+
+
+@given(batch=st.integers(1, 9), count=st.integers(1, 7), seed=st.integers(0, 5))
+def test_every_window_once_per_epoch(batch: int, count: int, seed: int) -> None:
+    rows = np.concatenate([batch_rows(step, batch, count, seed) for step in range(count)])
+    assert len(rows) == batch * count
+    for epoch in np.split(rows, batch):
+        assert sorted(epoch) == list(range(count))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(schedule: str) -> None:
+    factors = [rate_factor(share / 100, schedule, 0.1) for share in range(101)]
+    assert factors[0] == 0
+    assert max(factors) == factors[10] == 1
+    assert factors[100] == (1 if schedule == "constant" else 0)
+    assert Length(steps=10).progress(5, 0) == 0.5
+    assert Length(steps=10, seconds=60).progress(5, 45) == 0.75
+
+
+def test_the_best_point_is_kept(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Weights that got worse on held-back data are not what comes out."""
+    wild = {"learning_rate": 0.5, "schedule": "constant", "warmup": 0.0, "clip": 1e3}
+    best = recover(cut(), tmp_path / "best", notes, wild, method="full")
+    last = recover(cut(), tmp_path / "last", notes, {**wild, "keep": "last"}, method="full")
+    assert best.training["kept_step"] < 12 == last.training["kept_step"]
+    assert best.training["validation"]["after"] < last.training["validation"]["after"]
+
+
+def test_minutes_and_epochs(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    timed = recover(cut(), tmp_path / "timed", notes, steps=None, minutes=0.02)
+    assert timed.training["steps"] > 0
+    assert timed.requested["steps"] is None
+    passes = recover(cut(), tmp_path / "passes", notes, steps=None, epochs=0.5, samples=40)
+    assert passes.training["windows"] == 36
+    assert passes.training["steps"] == round(0.5 * 36 / 4)
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_record_card_and_report(
+    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, held_out: Path, tmp_path: Path
+) -> None:
+    result = recover(cut(), tmp_path / "out", notes, teacher=checkpoint(), text=held_out)
+    old, new = (json.loads((folder / "secateur.json").read_text()) for folder in (cut(), tmp_path / "out"))
+    assert {key: new[key] for key in ("method", "before", "after", "plan_sha256")} == {
+        key: old[key] for key in ("method", "before", "after", "plan_sha256")
+    }
+    assert new["tensors"].keys() == old["tensors"].keys()
+    assert new["tensors"] != old["tensors"]
+    assert result.perplexity is not None
+    report = (tmp_path / "out" / grid.REPORT).read_text()
+    assert f"{result.perplexity['after']:.3f}" in report
+    assert "held-back" in report
+    assert "magnitude" in (tmp_path / "out" / "README.md").read_text()
+    again = recover(tmp_path / "out", tmp_path / "again", notes, steps=2)
+    assert len(json.loads((tmp_path / "again" / "secateur.json").read_text())["recovery"]) == 2
+    assert again.achieved == result.achieved
+
+
+def test_a_recovered_model_can_be_pruned(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    recover(cut(), tmp_path / "out", notes, steps=2)
+    result = secateur.prune(tmp_path / "out", method="magnitude", ratio=0.1, output=tmp_path / "more")
+    assert result.achieved["params"] < result.achieved["params_before"]
+
+
+def test_a_module_is_not_changed(notes: Path) -> None:
+    model = models.stock("llama").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    result = recover(model, None, notes, tokenizer=models.tokenizer(), teacher=models.stock("llama", seed=1), steps=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert result.output is None
+    assert result.model is not None
+    assert result.model.training
+    inplace = recover(model, None, notes, tokenizer=models.tokenizer(), steps=2, inplace=True)
+    assert inplace.model is model
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_text_teaches_nothing(cut: Checkpoints, notes: Path, held_out: Path, tmp_path: Path) -> None:
+    """The same weights with and without it: it is opened when they are final."""
+    recover(cut(), tmp_path / "with", notes, text=held_out)
+    recover(cut(), tmp_path / "without", notes)
+    assert grid.hashes(tmp_path / "with", grid.REPORT) == grid.hashes(tmp_path / "without", grid.REPORT)
+
+
+def test_json(
+    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["recover", str(cut()), "--teacher", str(checkpoint()), "-o", str(tmp_path / "out"), "--data", str(notes),
+             "--steps", "2", "--length", "16", "--set", "ranks={0: 4, down: 2}", "--set", "roles=q,down",
+             "--json"]  # fmt: skip
+    assert _main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {
+        "method", "requested", "achieved", "training", "perplexity", "seconds", "peak_rss_bytes", "output", "loads_in",
+        "seed",
+    }  # fmt: skip
+    assert found["perplexity"] is None
+    assert found["training"]["steps"] == 2
+    assert found["requested"]["options"]["ranks"] == {"0": 4, "down": 2}
+    assert _main(words) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "output-exists"
+    assert _main([*words[:-1], "--force"]) == 0
+    assert "written to" in capsys.readouterr().out
+
+
+def _main(words: list[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "request_", "options"),
+    [
+        ("unknown-option", {}, {"rnak": 4}),
+        ("unknown-option", {"step": 3}, {}),
+        ("bad-option", {"method": "qlora"}, {}),
+        ("bad-option", {"epochs": 1}, {}),
+        ("bad-option", {}, {"learning_rate": -1}),
+        ("bad-option", {}, {"ranks": "{0: x}"}),
+        ("bad-option", {}, {"ranks": "{"}),
+        ("bad-option", {"method": "full"}, {"ranks": "auto"}),
+        ("bad-option", {"dtype": "float16"}, {}),
+        ("bad-ranks", {}, {"ranks": {"9": 4}}),
+        ("bad-ranks", {}, {"ranks": {"0.dwon": 4}}),
+        ("bad-ranks", {}, {"ranks": {"0": 0, "1": 0, "2": 0}}),
+        ("unknown-role", {}, {"roles": "q,dwon"}),
+        ("bad-role", {}, {"roles": "embedding"}),
+        ("no-teacher", {}, {"distill": 0.5}),
+        ("no-teacher", {}, {"hidden": 1}),
+        ("no-data", {"data": None}, {}),
+        ("no-data", {"data": "./absent.txt"}, {}),
+        ("no-text", {"text": "./absent.txt"}, {}),
+        ("no-output", {"output": None}, {}),
+        ("bad-length", {"length": 1000}, {}),
+        ("no-model", {"teacher": "./absent"}, {}),
+        ("diverged", {"method": "full", "steps": 40}, {"learning_rate": 1e20, "clip": 1e30}),
+    ],
+)
+def test_refused(
+    code: str, request_: dict[str, Any], options: dict[str, Any], cut: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    request = {"output": tmp_path / "out", "data": notes, **STEPS, **request_}
+    with pytest.raises(RequestError) as caught:
+        secateur.recover(cut(), options={**OPTIONS, **options}, **request)
+    assert caught.value.code == code, caught.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_names_suggest_near_ones(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    for options, near in (({"lerning_rate": 1}, "learning_rate"), ({"roles": "dwon"}, "down")):
+        with pytest.raises(RequestError, match=f"did you mean {near}"):
+            recover(cut(), tmp_path / "out", notes, options)
+
+
+def test_the_output_is_none_of_the_inputs(checkpoint: Checkpoints, cut: Checkpoints, notes: Path) -> None:
+    for folder in (cut(), checkpoint()):
+        before = grid.hashes(folder)
+        with pytest.raises(RequestError) as caught:
+            recover(cut(), folder, notes, teacher=checkpoint(), force=True)
+        assert caught.value.code == "output-is-input"
+        assert grid.hashes(folder) == before
+
+
+def test_a_teacher_of_another_vocabulary(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    larger = models.save(tmp_path / "larger", vocab_size=models.VOCABULARY + 8)
+    other = models.save(tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokens["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    for teacher in (larger, other):
+        with pytest.raises(RequestError) as caught:
+            recover(cut(), tmp_path / "out", notes, teacher=teacher)
+        assert caught.value.code == "teacher-vocabulary"
+
+
+def test_peft_is_named_where_it_is_missing(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    with (
+        mock.patch.dict(sys.modules, {"peft": None}),
+        pytest.raises(RequestError, match=r"pip install 'secateur\[recover\]'"),
+    ):
+        recover(cut(), tmp_path / "out", notes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    with (
+        mock.patch.object(recovering, "available_bytes", return_value=2**10),
+        pytest.raises(RequestError, match="GiB at least"),
+    ):
+        recover(cut(), tmp_path / "out", notes)
+
+
+def test_a_recipe(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: full\ndata: {notes}\nsteps: 7\nset: {{batch: 4, ranks: null}}\n")
+    request, options = make_recovery({"model": str(cut()), "steps": 3}, recipe)
+    assert (request.method, request.steps, options.batch) == ("full", 3, 4)
+    assert options.learning_rate == make_recovery({"model": "x", "method": "full"})[1].learning_rate
+
+
+# -- resume ----------------------------------------------------------------------------------------------------------
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "distil": {"method": "full", "options": {"hidden": 0.5}},
+}
+
+
+def _request(name: str, checkpoint: Checkpoints, cut: Checkpoints, notes: Path) -> dict[str, Any]:
+    more = dict(REQUESTS[name])
+    options = {**OPTIONS, **more.pop("options", {})}
+    teacher = {"teacher": checkpoint("sharded")} if name == "distil" else {}
+    return {"model": cut("sharded"), "data": notes, **STEPS, **more, **teacher, "options": options}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize(
+    ("owner", "point", "calls"),
+    [
+        (Trainer, "_step", 7),
+        (Trainer, "_step", 1),
+        (Snapshots, "save", 3),
+        (Snapshots, "_write", 4),
+        (Snapshots, "restore", 1),
+        (recovering, "write_weights", 1),
+        (recovering, "check_reloaded", 1),
+        (recovering, "write_report", 1),
+        (recovering, "publish", 1),
+    ],
+)
+def test_killed_and_resumed(
+    name: str, owner: Any, point: str, calls: int, checkpoint: Checkpoints, cut: Checkpoints, notes: Path,
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Twice at the same place, then to the end: the bytes of a run that was never disturbed."""
+    request = _request(name, checkpoint, cut, notes)
+    straight = _straight(name, request, tmp_path_factory)
+    function = getattr(owner, point)
+    for count in (calls, 1 + calls // 4):
+        left = iter(range(1, count))
+
+        def dying(*args: Any, left: Any = left, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                raise Killed
+            return function(*args, **kwargs)
+
+        with mock.patch.object(owner, point, dying), pytest.raises(Killed):
+            secateur.recover(output=tmp_path / "out", **request)
+        assert not (tmp_path / "out").exists()
+    secateur.recover(output=tmp_path / "out", **request)
+    assert grid.hashes(tmp_path / "out", grid.REPORT) == straight
+    assert not work_folder(tmp_path / "out").exists()
+
+
+_STRAIGHT: dict[str, dict[str, str]] = {}
+
+
+def _straight(name: str, request: dict[str, Any], factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of an undisturbed run."""
+    if name not in _STRAIGHT:
+        out = factory.mktemp("straight") / "out"
+        secateur.recover(output=out, **request)
+        _STRAIGHT[name] = grid.hashes(out, grid.REPORT)
+    return _STRAIGHT[name]
+
+
+_SCRIPT = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from secateur.training.loop import Trainer
+step = Trainer._step
+
+def dying(self, number, rate):
+    if number == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, rate)
+
+Trainer._step = dying
+from secateur.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_sigkill(
+    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """A process that dies by SIGKILL: no output, and the same command finishes the work."""
+    straight = _straight("lora", _request("lora", checkpoint, cut, notes), tmp_path_factory)
+    out = tmp_path / "out"
+    words = ["recover", str(cut("sharded")), "-o", str(out), "--data", str(notes), "--steps", "12", "--length", "16"]
+    words += [word for key, value in OPTIONS.items() for word in ("--set", f"{key}={value}")]
+    died = subprocess.run([sys.executable, "-c", _SCRIPT, "9", *words], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert not out.exists()
+    assert (work_folder(out) / "state-8.safetensors").is_file()
+    assert _main(words) == 0
+    assert grid.hashes(out, grid.REPORT) == straight
+
+
+def test_another_request_is_refused(checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    request = _request("lora", checkpoint, cut, notes)
+    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
+        secateur.recover(output=tmp_path / "out", **request)
+    before = grid.hashes(work_folder(tmp_path / "out"))
+    for change in ({"seed": 1}, {"steps": 13}, {"method": "full"}, {"teacher": checkpoint("sharded")}):
+        with pytest.raises(RequestError) as caught:
+            secateur.recover(output=tmp_path / "out", **{**request, **change})
+        assert caught.value.code == "other-request"
+    with pytest.raises(RequestError, match="another request"):
+        secateur.prune(cut("sharded"), method="random", ratio=0.1, output=tmp_path / "out")
+    assert grid.hashes(work_folder(tmp_path / "out")) == before
+
+
+def test_a_damaged_checkpoint_is_not_believed(
+    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    request = _request("lora", checkpoint, cut, notes)
+    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
+        secateur.recover(output=tmp_path / "out", **request)
+    state = work_folder(tmp_path / "out") / "state-12.safetensors"
+    state.write_bytes(state.read_bytes()[:-8] + bytes(8))
+    secateur.recover(output=tmp_path / "out", **request)
+    assert grid.hashes(tmp_path / "out", grid.REPORT) == _straight("lora", request, tmp_path_factory)
