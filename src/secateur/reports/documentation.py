@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
 from secateur.families.stock import example_config
-from secateur.methods.registry import describe_method, method_names
+from secateur.methods.registry import describe_method, describe_options, method_names
 from secateur.reports.markdown import table
 from secateur.spaces import KINDS
+from secateur.training.options import Training
 
 
 def methods_table() -> str:
@@ -29,12 +31,20 @@ def methods_table() -> str:
 def options_table(name: str) -> str:
     """Options of a method with their defaults."""
     facts = describe_method(name)
+    return _options_rows(facts["options"]) + f"\n\nOutput: {facts['output']}, {facts['worth']}."
+
+
+def training_table() -> str:
+    """Options of ``recover`` with their defaults."""
+    return _options_rows(describe_options(Training))
+
+
+def _options_rows(options: dict[str, Any]) -> str:
     rows = []
-    for key, option in facts["options"].items():
+    for key, option in options.items():
         values = " \\| ".join(map(str, option["choices"])) if option["choices"] else option["type"]
         rows.append([f"`{key}`", values, option["default"], option["description"]])
-    worth = f"Output: {facts['output']}, {facts['worth']}."
-    return table(["`--set`", "values", "default", "what"], rows) + f"\n\n{worth}"
+    return table(["`--set`", "values", "default", "what"], rows)
 
 
 def families_table() -> str:
@@ -62,6 +72,7 @@ def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
         root / "README.md": {"methods": methods_table},
         root / "docs" / "families.md": {"families": families_table},
         root / "docs" / "deploy.md": {"loads": loads_table},
+        root / "docs" / "recover.md": {"options": training_table},
     }
     for name in method_names():
         page = root / "docs" / "methods" / f"{name}.md"
