@@ -17,10 +17,10 @@ from secateur.api.modules import Model, load_as, save_module
 from secateur.api.outputs import achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_companions
+from secateur.checkpoints.folder import RECORD
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
-from secateur.engine.run import RECORD
 from secateur.errors import refuse
 from secateur.meters.memory import MemoryWatch, available_bytes
 from secateur.meters.perplexity import Text, load_stock, perplexity

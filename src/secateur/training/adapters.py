@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -14,8 +15,8 @@ from secateur.errors import RequestError, near, refuse
 from secateur.families import Architecture, Packed, Sizes
 from secateur.training.options import Training
 
-_ADAPTED: Final = ("q", "k", "v", "out", "gate", "up", "down")
-_ADAPTABLE: Final = (*_ADAPTED, "router")
+_ADAPTED: Final = ("q", "k", "v", "out", "latent_q", "latent_kv", "latent", "latent_out", "gate", "up", "down")
+_ADAPTABLE: Final = (*_ADAPTED, "router", "shared_router")
 
 
 def roles_in(packed: Packed, architecture: Architecture) -> set[str]:
@@ -47,7 +48,7 @@ def unfreeze(model: nn.Module, architecture: Architecture, options: Training) ->
 
 
 def cut_shares(architecture: Architecture, before: Sizes) -> list[float]:
-    """Share of the parameters that each block lost.
+    """Share of its matrices' parameters that each block lost.
 
     Args:
         architecture: of the cut model.
@@ -57,8 +58,10 @@ def cut_shares(architecture: Architecture, before: Sizes) -> list[float]:
     for block in range(len(before.blocks)):
         old = new = 0
         for tensor in architecture.tensors_of(block):
-            old += torch.Size(before.axis(axis, block) for axis in tensor.axes).numel()
-            new += torch.Size(architecture.shape(tensor)).numel()
+            if tensor.role not in _ADAPTED:
+                continue
+            old += math.prod(tensor.shape(before))
+            new += math.prod(tensor.shape(architecture.sizes))
         found.append(1 - new / old)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
-from secateur.checkpoints.folder import read_json
+from secateur.checkpoints.folder import RECORD, read_json
 from secateur.checkpoints.hub import locate
 from secateur.data.windows import Windows, calibration_windows, load_tokenizer
 from secateur.engine.prepare import LONGEST_WINDOW, context_of, resolve_device, resolve_dtype
-from secateur.engine.run import RECORD, model_digest
+from secateur.engine.run import model_digest
 from secateur.errors import RequestError, refuse
-from secateur.families import BlockSizes, Sizes
+from secateur.families import Sizes
+from secateur.families.resizing import sizes_of
 from secateur.training.adapters import ranks_of, require_peft
 from secateur.training.loop import Length
 from secateur.training.options import DEFAULT_STEPS, RecoverRequest, Training
@@ -190,8 +191,6 @@ def _before(teacher: Checkpoint | None, source: dict[str, Any]) -> Sizes | None:
     if teacher is not None:
         return teacher.architecture.sizes
     try:
-        before = dict(source["before"])
-        blocks = tuple(BlockSizes(**block) for block in before.pop("blocks"))
-        return replace(Sizes(**before, blocks=()), blocks=blocks)
+        return sizes_of(source["before"])
     except (KeyError, TypeError):
         return None  # no record, or one of another version
