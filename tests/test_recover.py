@@ -28,7 +28,7 @@ from secateur.errors import RequestError
 from secateur.training.adapters import adapt, cut_shares, merged, ranks_of
 from secateur.training.loop import Length, Trainer, batch_rows, rate_factor
 from secateur.training.objective import Objective, divergence, pairs_of
-from secateur.training.options import Training, make_recovery
+from secateur.training.options import Training, default_rate, make_recovery
 from secateur.training.snapshots import Snapshots
 
 STEPS: dict[str, Any] = {"steps": 12, "length": 16}
@@ -436,7 +436,20 @@ def test_a_recipe(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
     recipe.write_text(f"method: full\ndata: {notes}\nsteps: 7\nset: {{batch: 4, ranks: null}}\n")
     request, options = make_recovery({"model": str(cut()), "steps": 3}, recipe)
     assert (request.method, request.steps, options.batch) == ("full", 3, 4)
-    assert options.learning_rate == make_recovery({"model": "x", "method": "full"})[1].learning_rate
+    assert request.data == str(notes)
+
+
+def test_the_default_rate_falls_with_the_width() -> None:
+    assert default_rate("lora", 512) == default_rate("lora", 256) / 2
+    assert default_rate("full", 8) == 2 * default_rate("full", 256)
+
+
+def test_what_the_method_learned_travels_along(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    secateur.prune(checkpoint(), method="prunenet", ratio=0.1, output=tmp_path / "cut", options={"episodes": 1})
+    recover(tmp_path / "cut", tmp_path / "out", notes, steps=2)
+    learned = grid.hashes(tmp_path / "cut" / "learned")
+    assert learned
+    assert grid.hashes(tmp_path / "out" / "learned") == learned
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from secateur.checkpoints.folder import RECORD
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
+from secateur.engine.run import LEARNED
 from secateur.errors import refuse
 from secateur.meters.memory import MemoryWatch, available_bytes
 from secateur.meters.perplexity import Text, load_stock, perplexity
@@ -204,7 +205,7 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
     source, work = job.checkpoint, work_folder(output)
     result = work / "out"
     shutil.rmtree(result, ignore_errors=True)
-    left_behind = copy_companions(source.folder.path, result, {output.resolve(), work.resolve()})
+    left_behind = copy_companions(source.folder.path, result, {output.resolve(), work.resolve()}, {LEARNED})
     digests = write_weights(source, model, result)
     written = Checkpoint.open(result)
     precise = torch.float64 if "F64" in source.dtypes.values() else torch.float32

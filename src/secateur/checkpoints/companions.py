@@ -34,13 +34,14 @@ def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool]) -> N
             shutil.copyfile(path, target / entry.name)
 
 
-def copy_companions(source: Path, target: Path, own: Collection[Path]) -> list[str]:
+def copy_companions(source: Path, target: Path, own: Collection[Path], whole: Collection[str] = ()) -> list[str]:
     """Copy everything but weights from one checkpoint folder to another; the card steps aside as README.source.md.
 
     Where the source has a README.source.md already, its card is one of ours, and the older one stays.
 
     Args:
         own: resolved folders of the run itself, which may lie in the source.
+        whole: names of folders that are copied with all that is in them.
 
     Returns:
         Weight files of other formats: they would be stale, and are left out.
@@ -50,7 +51,7 @@ def copy_companions(source: Path, target: Path, own: Collection[Path]) -> list[s
     def wanted(path: Path) -> bool:
         if path.resolve() in own or path.name == INDEX or path.name.startswith(".git"):
             return False
-        if path.is_dir() or path.suffix not in _OTHER_WEIGHTS:
+        if path.is_dir() or path.suffix not in _OTHER_WEIGHTS or path.relative_to(source).parts[0] in whole:
             return True
         if path.suffix != ".safetensors":
             left.append(str(path.relative_to(source)))

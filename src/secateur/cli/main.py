@@ -138,7 +138,7 @@ def recover(
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="lora or full [default: lora]")] = None,
     data: Annotated[str | None, typer.Option("--data", help="text to train on: file, folder, hub data set, -")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="updates [default: 600]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="updates [default: 300]")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="passes over the data, instead of --steps")] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help="stop training by then")] = None,
     samples: Annotated[

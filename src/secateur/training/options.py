@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -52,7 +52,11 @@ class Training(BaseModel):
         None,
         description="what to train, e.g. q,v,down; by default every matrix of the blocks (LoRA), everything (full)",
     )
-    learning_rate: float | None = Field(None, gt=0, description="highest rate; by default 2e-3 (LoRA), 1e-3 (full)")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="highest rate; by default 3e-3 (LoRA), 1e-3 (full) times 256 / width, at most twice that",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate falls, to nought")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the rate rises")
     batch: int = Field(8, ge=1, description="windows of a step")
@@ -85,8 +89,17 @@ class Training(BaseModel):
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-DEFAULT_STEPS = 600
-RATES: dict[Method, float] = {"lora": 2e-3, "full": 1e-3}
+DEFAULT_STEPS: Final = 300
+_RATES: Final[dict[Method, float]] = {"lora": 3e-3, "full": 1e-3}
+_WIDTH: Final = 256
+
+
+def default_rate(method: Method, width: int) -> float:
+    """Learning rate for a residual stream of some width: that of 256 dimensions, in inverse proportion to the width.
+
+    Narrow models take no more than twice that of 256.
+    """
+    return _RATES[method] * min(2.0, _WIDTH / width)
 
 
 def make_recovery(values: dict[str, Any], recipe: Path | None = None) -> tuple[RecoverRequest, Training]:
@@ -106,7 +119,6 @@ def make_recovery(values: dict[str, Any], recipe: Path | None = None) -> tuple[R
     if request.dtype == "float16":
         refuse("bad-option", "dtype float16", "gradients leave its range", "float32 or bfloat16")
     filled = {
-        "learning_rate": training.learning_rate or RATES[request.method],
         "alpha": training.alpha or 2.0 * training.rank,
         "distill": (0.0 if request.teacher is None else 0.5) if training.distill is None else training.distill,
     }

@@ -21,7 +21,7 @@ from secateur.families import Sizes
 from secateur.families.resizing import sizes_of
 from secateur.training.adapters import ranks_of, require_peft
 from secateur.training.loop import Length
-from secateur.training.options import DEFAULT_STEPS, RecoverRequest, Training
+from secateur.training.options import DEFAULT_STEPS, RecoverRequest, Training, default_rate
 from secateur.version import __version__
 
 _ALL = 10**9
@@ -99,6 +99,8 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
     device = resolve_device(request.device)
     checkpoint = Checkpoint.open(Path(locate(request.model)))
     teacher = None if request.teacher is None else Checkpoint.open(Path(locate(request.teacher)))
+    rate = options.learning_rate or default_rate(request.method, checkpoint.architecture.sizes.residual)
+    options = options.model_copy(update={"learning_rate": rate})
     context = min(context_of(found) for found in (checkpoint, teacher) if found is not None)
     if request.length and request.length > context:
         refuse("bad-length", f"length {request.length}", f"the model's context is {context}")
