@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import models
+import secateur
 
 settings.register_profile("secateur", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("secateur")
@@ -30,6 +31,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
             folder = tmp_path_factory.mktemp("models") / name
             arguments: dict[str, Any] = models.DISK.get(name, {"name": name})
             made[name, dtype] = models.save(folder, dtype=dtype, **arguments)
+        return made[name, dtype]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def cut(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Pruned tiny models."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp("cut") / name
+            secateur.prune(checkpoint(name, dtype), method="magnitude", ratio=0.15, output=made[name, dtype])
         return made[name, dtype]
 
     return get

@@ -1,66 +1,27 @@
-"""Recovery: what was cut away is trained back, in a folder of the same kind, and a killed run goes on to the byte."""
+"""Recovery: what was cut away is trained back, in a folder of the same kind."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import grid
 import models
 import secateur
 from conftest import Checkpoints
-from secateur.api import RecoverResult, recovering
+from recovery import OPTIONS, STEPS, Killed, recover, run
+from secateur.api import recovering
 from secateur.checkpoints import Checkpoint
-from secateur.cli import main
-from secateur.engine.journal import work_folder
 from secateur.errors import RequestError
-from secateur.training.adapters import adapt, cut_shares, merged, ranks_of
-from secateur.training.loop import Length, Trainer, batch_rows, rate_factor
-from secateur.training.objective import Objective, divergence, pairs_of
-from secateur.training.options import Training, default_rate, make_recovery
-from secateur.training.snapshots import Snapshots
-
-STEPS: dict[str, Any] = {"steps": 12, "length": 16}
-OPTIONS: dict[str, Any] = {"batch": 4, "every": 4, "validation": 4, "rank": 4, "learning_rate": 1e-2}
-
-
-class Killed(BaseException):
-    """What stands for SIGKILL inside the process."""
-
-
-@pytest.fixture(scope="module")
-def cut(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Pruned tiny models."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
-
-    def get(name: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp("cut") / name
-            secateur.prune(checkpoint(name, dtype), method="magnitude", ratio=0.15, output=made[name, dtype])
-        return made[name, dtype]
-
-    return get
-
-
-def recover(
-    model: Any, out: Path | None, notes: Path, options: dict[str, Any] | None = None, **more: Any
-) -> RecoverResult:
-    """A short recovery."""
-    return secateur.recover(model, output=out, data=notes, options={**OPTIONS, **(options or {})}, **{**STEPS, **more})
-
-
-# -- what it does ----------------------------------------------------------------------------------------------------
+from secateur.training.loop import Trainer
+from secateur.training.objective import pairs_of
+from secateur.training.options import make_recovery
 
 
 @pytest.mark.parametrize(
@@ -130,56 +91,6 @@ def test_data_type_stays(dtype: torch.dtype, cut: Checkpoints, notes: Path, tmp_
     assert result.training["validation"]["after"] < result.training["validation"]["before"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "llama-tied", "mixtral"])
-def test_the_merged_model_is_the_adapted_one(name: str, cut: Checkpoints) -> None:
-    """Also with a rank of its own for every matrix, and for stacked experts."""
-    checkpoint, model = Checkpoint.open(cut(name)), models.load(cut(name))
-    names = [key for key, _ in model.named_parameters()]
-    options = Training(rank=3, ranks={"0": 5, "down": 2, "1.down": 4, "2": 0})
-    ranks = ranks_of(checkpoint.architecture, options, None)
-    adapted = adapt(model, checkpoint.architecture, ranks, 2.0, seed=0)
-    found = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
-    assert len(found) == 2 * len(ranks)
-    assert not any(".2." in key.partition("lora")[0] for key in found)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in found.values():
-            parameter.normal_(std=0.1, generator=generator)
-        expected = adapted(input_ids=models.token_ids(), use_cache=False).logits
-        plain = merged(adapted)
-        torch.testing.assert_close(plain(models.token_ids()).logits, expected, rtol=1e-4, atol=1e-4)
-        assert (expected - models.load(cut(name))(models.token_ids()).logits).abs().max() > 0.1
-    assert [key for key, _ in plain.named_parameters()] == names
-
-
-def test_ranks_by_block_and_role(cut: Checkpoints) -> None:
-    architecture = Checkpoint.open(cut()).architecture
-    ranks = ranks_of(architecture, Training(rank=3, ranks={"0": 5, "down": 2, "1.down": 4}), None)
-    assert ranks["model.layers.0.mlp.down_proj.weight"] == 5  # a block before a role
-    assert ranks["model.layers.1.mlp.down_proj.weight"] == 4
-    assert ranks["model.layers.2.mlp.down_proj.weight"] == 2
-    assert ranks["model.layers.2.self_attn.q_proj.weight"] == 3
-    some = ranks_of(architecture, Training(rank=100, roles=("q", "down")), None)
-    assert {key.split(".")[-2] for key in some} == {"q_proj", "down_proj"}
-    assert some["model.layers.0.self_attn.q_proj.weight"] == 48  # no more than the matrix has
-
-
-def test_automatic_ranks_follow_the_cut(cut: Checkpoints, checkpoint: Checkpoints) -> None:
-    """Equal cuts get equal ranks; a block that lost nothing gets the least."""
-    small, dense = Checkpoint.open(cut()).architecture, Checkpoint.open(checkpoint()).architecture
-    before = dense.sizes
-    assert len(set(cut_shares(small, before))) == 1
-    even = ranks_of(small, Training(ranks="auto"), before)
-    assert set(even.values()) == {16}
-    with mock.patch("secateur.training.adapters.cut_shares", return_value=[0.3, 0.1, 0.0]):
-        uneven = ranks_of(small, Training(rank=4, ranks="auto"), before)
-    assert [uneven[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(3)] == [9, 3, 1]
-    with pytest.raises(RequestError, match="nothing was cut"):
-        ranks_of(dense, Training(ranks="auto"), before)
-    with pytest.raises(RequestError, match="unknown what was cut"):
-        ranks_of(dense, Training(ranks="auto"), None)
-
-
 def test_automatic_ranks_from_the_record(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
     recover(cut(), tmp_path / "out", notes, {"ranks": "auto"}, steps=2)
     ranks = json.loads((tmp_path / "out" / "secateur.json").read_text())["recovery"][0]["ranks"]
@@ -208,48 +119,6 @@ def test_hidden_states_of_another_width(checkpoint: Checkpoints, notes: Path, tm
     assert pairs_of(3, 3) == [(0, 0), (1, 1), (2, 2)]
 
 
-def test_divergence_is_zero_of_equals_only() -> None:
-    one, other = torch.randn(2, 2, 5, 7, dtype=torch.float64)
-    assert float(divergence(one, one, 2.0)) == pytest.approx(0, abs=1e-6)
-    expected = sum(
-        torch.distributions.kl_divergence(
-            torch.distributions.Categorical(logits=other[row, at] / 2),
-            torch.distributions.Categorical(logits=one[row, at] / 2),
-        )
-        for row in range(2)
-        for at in range(4)
-    )
-    assert float(divergence(one, other, 2.0)) == pytest.approx(4 * float(expected) / 8, rel=1e-5)
-
-
-def test_the_objective_mixes(checkpoint: Checkpoints, cut: Checkpoints) -> None:
-    teacher, student, ids = models.load(checkpoint()), models.load(cut()), models.token_ids()
-    with torch.no_grad():
-        losses = [float(Objective(Training(distill=w), teacher)(student, ids)[0]) for w in (0.0, 0.25, 1.0)]
-        assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-5)
-        assert float(Objective(Training(distill=1.0, hidden=1.0), teacher)(teacher, ids)[0]) == pytest.approx(
-            0, abs=1e-5
-        )
-
-
-@given(batch=st.integers(1, 9), count=st.integers(1, 7), seed=st.integers(0, 5))
-def test_every_window_once_per_epoch(batch: int, count: int, seed: int) -> None:
-    rows = np.concatenate([batch_rows(step, batch, count, seed) for step in range(count)])
-    assert len(rows) == batch * count
-    for epoch in np.split(rows, batch):
-        assert sorted(epoch) == list(range(count))
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules(schedule: str) -> None:
-    factors = [rate_factor(share / 100, schedule, 0.1) for share in range(101)]
-    assert factors[0] == 0
-    assert max(factors) == factors[10] == 1
-    assert factors[100] == (1 if schedule == "constant" else 0)
-    assert Length(steps=10).progress(5, 0) == 0.5
-    assert Length(steps=10, seconds=60).progress(5, 45) == 0.75
-
-
 def test_the_best_point_is_kept(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
     """Weights that got worse on held-back data are not what comes out."""
     wild = {"learning_rate": 0.5, "schedule": "constant", "warmup": 0.0, "clip": 1e3}
@@ -266,9 +135,6 @@ def test_minutes_and_epochs(cut: Checkpoints, notes: Path, tmp_path: Path) -> No
     passes = recover(cut(), tmp_path / "passes", notes, steps=None, epochs=0.5, samples=40)
     assert passes.training["windows"] == 36
     assert passes.training["steps"] == round(0.5 * 36 / 4)
-
-
-# -- the folder ------------------------------------------------------------------------------------------------------
 
 
 def test_record_card_and_report(
@@ -323,7 +189,7 @@ def test_json(
     words = ["recover", str(cut()), "--teacher", str(checkpoint()), "-o", str(tmp_path / "out"), "--data", str(notes),
              "--steps", "2", "--length", "16", "--set", "ranks={0: 4, down: 2}", "--set", "roles=q,down",
              "--json"]  # fmt: skip
-    assert _main(words) == 0
+    assert run(words) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         "method", "requested", "achieved", "training", "perplexity", "seconds", "peak_rss_bytes", "output", "loads_in",
@@ -332,20 +198,10 @@ def test_json(
     assert found["perplexity"] is None
     assert found["training"]["steps"] == 2
     assert found["requested"]["options"]["ranks"] == {"0": 4, "down": 2}
-    assert _main(words) == 2
+    assert run(words) == 2
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "output-exists"
-    assert _main([*words[:-1], "--force"]) == 0
+    assert run([*words[:-1], "--force"]) == 0
     assert "written to" in capsys.readouterr().out
-
-
-def _main(words: list[str]) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-# -- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -439,146 +295,12 @@ def test_a_recipe(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
     assert request.data == str(notes)
 
 
-def test_the_default_rate_falls_with_the_width() -> None:
-    assert default_rate("lora", 512) == default_rate("lora", 256) / 2
-    assert default_rate("full", 8) == 2 * default_rate("full", 256)
-
-
 def test_what_the_method_learned_travels_along(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
     secateur.prune(checkpoint(), method="prunenet", ratio=0.1, output=tmp_path / "cut", options={"episodes": 1})
     recover(tmp_path / "cut", tmp_path / "out", notes, steps=2)
     learned = grid.hashes(tmp_path / "cut" / "learned")
     assert learned
     assert grid.hashes(tmp_path / "out" / "learned") == learned
-
-
-# -- resume ----------------------------------------------------------------------------------------------------------
-
-REQUESTS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora"},
-    "distil": {"method": "full", "options": {"hidden": 0.5}},
-}
-
-
-def _request(name: str, checkpoint: Checkpoints, cut: Checkpoints, notes: Path) -> dict[str, Any]:
-    more = dict(REQUESTS[name])
-    options = {**OPTIONS, **more.pop("options", {})}
-    teacher = {"teacher": checkpoint("sharded")} if name == "distil" else {}
-    return {"model": cut("sharded"), "data": notes, **STEPS, **more, **teacher, "options": options}
-
-
-@pytest.mark.parametrize("name", REQUESTS)
-@pytest.mark.parametrize(
-    ("owner", "point", "calls"),
-    [
-        (Trainer, "_step", 7),
-        (Trainer, "_step", 1),
-        (Snapshots, "save", 3),
-        (Snapshots, "_write", 4),
-        (Snapshots, "restore", 1),
-        (recovering, "write_weights", 1),
-        (recovering, "check_reloaded", 1),
-        (recovering, "write_report", 1),
-        (recovering, "publish", 1),
-    ],
-)
-def test_killed_and_resumed(
-    name: str, owner: Any, point: str, calls: int, checkpoint: Checkpoints, cut: Checkpoints, notes: Path,
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path,
-) -> None:  # fmt: skip
-    """Twice at the same place, then to the end: the bytes of a run that was never disturbed."""
-    request = _request(name, checkpoint, cut, notes)
-    straight = _straight(name, request, tmp_path_factory)
-    function = getattr(owner, point)
-    for count in (calls, 1 + calls // 4):
-        left = iter(range(1, count))
-
-        def dying(*args: Any, left: Any = left, **kwargs: Any) -> Any:
-            if next(left, None) is None:
-                raise Killed
-            return function(*args, **kwargs)
-
-        with mock.patch.object(owner, point, dying), pytest.raises(Killed):
-            secateur.recover(output=tmp_path / "out", **request)
-        assert not (tmp_path / "out").exists()
-    secateur.recover(output=tmp_path / "out", **request)
-    assert grid.hashes(tmp_path / "out", grid.REPORT) == straight
-    assert not work_folder(tmp_path / "out").exists()
-
-
-_STRAIGHT: dict[str, dict[str, str]] = {}
-
-
-def _straight(name: str, request: dict[str, Any], factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Hashes of an undisturbed run."""
-    if name not in _STRAIGHT:
-        out = factory.mktemp("straight") / "out"
-        secateur.recover(output=out, **request)
-        _STRAIGHT[name] = grid.hashes(out, grid.REPORT)
-    return _STRAIGHT[name]
-
-
-_SCRIPT = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from secateur.training.loop import Trainer
-step = Trainer._step
-
-def dying(self, number, rate):
-    if number == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, number, rate)
-
-Trainer._step = dying
-from secateur.cli import main
-main(sys.argv[2:])
-"""
-
-
-def test_sigkill(
-    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    """A process that dies by SIGKILL: no output, and the same command finishes the work."""
-    straight = _straight("lora", _request("lora", checkpoint, cut, notes), tmp_path_factory)
-    out = tmp_path / "out"
-    words = ["recover", str(cut("sharded")), "-o", str(out), "--data", str(notes), "--steps", "12", "--length", "16"]
-    words += [word for key, value in OPTIONS.items() for word in ("--set", f"{key}={value}")]
-    died = subprocess.run([sys.executable, "-c", _SCRIPT, "9", *words], capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert not out.exists()
-    assert (work_folder(out) / "state-8.safetensors").is_file()
-    assert _main(words) == 0
-    assert grid.hashes(out, grid.REPORT) == straight
-
-
-def test_another_request_is_refused(checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
-    request = _request("lora", checkpoint, cut, notes)
-    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
-        secateur.recover(output=tmp_path / "out", **request)
-    before = grid.hashes(work_folder(tmp_path / "out"))
-    for change in ({"seed": 1}, {"steps": 13}, {"method": "full"}, {"teacher": checkpoint("sharded")}):
-        with pytest.raises(RequestError) as caught:
-            secateur.recover(output=tmp_path / "out", **{**request, **change})
-        assert caught.value.code == "other-request"
-    with pytest.raises(RequestError, match="another request"):
-        secateur.prune(cut("sharded"), method="random", ratio=0.1, output=tmp_path / "out")
-    assert grid.hashes(work_folder(tmp_path / "out")) == before
-
-
-def test_a_damaged_checkpoint_is_not_believed(
-    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
-    request = _request("lora", checkpoint, cut, notes)
-    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
-        secateur.recover(output=tmp_path / "out", **request)
-    state = work_folder(tmp_path / "out") / "state-12.safetensors"
-    state.write_bytes(state.read_bytes()[:-8] + bytes(8))
-    secateur.recover(output=tmp_path / "out", **request)
-    assert grid.hashes(tmp_path / "out", grid.REPORT) == _straight("lora", request, tmp_path_factory)
-
-
-# -- trained models --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.assets
@@ -595,3 +317,15 @@ def test_recovery_of_a_trained_model(method: str, assets: Path, tmp_path: Path) 
     found = result.perplexity
     assert found["after"] < (found["before"] + found["teacher"]) / 2
     assert result.achieved["params"] == result.achieved["params_before"]
+
+
+def test_a_bad_text_does_not_cost_the_training(cut: Checkpoints, notes: Path, held_out: Path, tmp_path: Path) -> None:
+    """It is opened when the weights are final; the corrected command goes on from there."""
+    short = tmp_path / "short.txt"
+    short.write_text("word")
+    with pytest.raises(RequestError, match="shorter than one window"):
+        recover(cut(), tmp_path / "out", notes, text=short)
+    assert not (tmp_path / "out").exists()
+    with mock.patch.object(Trainer, "_step", side_effect=Killed):
+        result = recover(cut(), tmp_path / "out", notes, text=held_out)
+    assert result.training["steps"] == 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.checkpoints import Checkpoint
@@ -31,8 +32,16 @@ def require_text(request: Request) -> None:
         refuse("no-text", f"text {request.text!r}", "there is no such file")
 
 
+@dataclass
+class Workplace:
+    """The work folder of a run; once it is ``precious``, a refusal leaves it for the corrected request."""
+
+    folder: Path
+    precious: bool = False
+
+
 @contextmanager
-def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[None]:
+def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[Workplace]:
     """Hold the work folder of an output that is none of the inputs.
 
     A refused request leaves no work folder behind, unless it holds somebody else's work.
@@ -40,14 +49,14 @@ def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[None]:
     if output.resolve() in {checkpoint.folder.path.resolve() for checkpoint in inputs}:
         refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = work_folder(output)
-    existed = folder.exists()
+    place = Workplace(work_folder(output))
+    existed = place.folder.exists()
     try:
-        with locked(folder):
-            yield
+        with locked(place.folder):
+            yield place
     except RequestError:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not existed and not place.precious:
+            shutil.rmtree(place.folder, ignore_errors=True)
         raise
 
 

@@ -92,12 +92,11 @@ def recover(
     file = None if recipe is None else Path(recipe)
     with tempfile.TemporaryDirectory() as temporary:
         for key, given in (("model", model), ("teacher", teacher)):
-            values[key] = given if given is None else str(given)
+            values[key] = given
             if isinstance(given, nn.Module):
-                values[key] = str(save_module(given, tokenizer, Path(temporary) / key))
+                values[key] = save_module(given, tokenizer, Path(temporary) / key)
         if output is None and isinstance(model, nn.Module):
-            values["output"] = str(Path(temporary) / "recovered")
-        values = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+            values["output"] = Path(temporary) / "recovered"
         result = _recover_folder(*make_recovery(values, file), progress or Silent())
         if not isinstance(model, nn.Module):
             return result
@@ -114,12 +113,13 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
         job = prepare_recovery(request, options)
         _require_memory(job)
         inputs = [found for found in (job.checkpoint, job.teacher) if found is not None]
-        with workplace(output, inputs):
-            work = work_folder(output)
+        with workplace(output, inputs) as place:
+            work = place.folder
             journal = Journal(work, job.fingerprint())
             if journal.resumed:
                 progress.note(f"resuming the run in {work.name}")
             model, outcome = _train(job, work, journal, progress)
+            place.precious = True  # a text at fault, which is opened only now, shall not cost the training
             record = _write(job, model, outcome, output)
             del model
             result = Checkpoint.open(work / "out")
