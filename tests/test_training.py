@@ -114,4 +114,4 @@ def test_schedules(schedule: str) -> None:
 
 def test_the_default_rate_falls_with_the_width() -> None:
     assert default_rate("lora", 512) == default_rate("lora", 256) / 2
-    assert default_rate("full", 8) == 2 * default_rate("full", 256)
+    assert default_rate("full", 8) == 4 * default_rate("full", 256)
