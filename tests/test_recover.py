@@ -329,3 +329,23 @@ def test_a_bad_text_does_not_cost_the_training(cut: Checkpoints, notes: Path, he
     with mock.patch.object(Trainer, "_step", side_effect=Killed):
         result = recover(cut(), tmp_path / "out", notes, text=held_out)
     assert result.training["steps"] == 12
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_layers_that_differ(method: str, checkpoint: Checkpoints, notes: Path, held_out: Path, tmp_path: Path) -> None:
+    """The per-layer layout, changes of basis included: what lies beside the weights stays."""
+    small, out = tmp_path / "small", tmp_path / "out"
+    secateur.prune(
+        checkpoint(), method="slicegpt", ratio=0.15, layout="per-layer", data=notes, samples=8, length=16, output=small
+    )
+    result = recover(small, out, notes, method=method, teacher=checkpoint(), text=held_out, context=32)
+    assert result.training["validation"]["after"] < result.training["validation"]["before"]
+    old, new = (json.loads((folder / "secateur.json").read_text()) for folder in (small, out))
+    assert old["resize"] == new["resize"]
+    assert models.config(small) == models.config(out)
+    assert (out / "modeling_secateur.py").is_file()
+    state, source = (secateur.load(folder).state_dict() for folder in (out, small))
+    shortcuts = [key for key in state if key.endswith("shortcut")]
+    assert shortcuts
+    changed = {key for key, tensor in state.items() if not torch.equal(tensor, source[key])}
+    assert changed.intersection(shortcuts) == (set(shortcuts) if method == "full" else set())

@@ -21,7 +21,7 @@ from secateur.checkpoints.folder import RECORD
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
-from secateur.engine.run import LEARNED
+from secateur.engine.run import LEARNED, loads_elsewhere
 from secateur.errors import refuse
 from secateur.meters.memory import MemoryWatch, available_bytes
 from secateur.meters.perplexity import Text, load_stock, perplexity
@@ -210,7 +210,6 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
     written = Checkpoint.open(result)
     precise = torch.float64 if "F64" in source.dtypes.values() else torch.float32
     check_reloaded(source, model, load_stock(written, precise, torch.device("cpu")))
-    loads = {**source.architecture.family.loads_in, **job.source.get("loads_in", {})}
     recovery = {
         "secateur": __version__,
         "requested": job.requested(),
@@ -225,7 +224,7 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
         "recovery": [*job.source.get("recovery", []), recovery],
         "loads_in": {
             "transformers": f"verified({transformers.__version__})",
-            **{name: loads.get(name, "unknown") for name in ("vllm", "llama.cpp")},
+            **loads_elsewhere(source.architecture.family, "per-layer" if source.architecture.per_layer else "native"),
         },
         "passthrough": sorted(header.name for header in source.passthrough),
         "left_behind": left_behind,
