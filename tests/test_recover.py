@@ -151,10 +151,20 @@ def test_record_card_and_report(
     report = (tmp_path / "out" / grid.REPORT).read_text()
     assert f"{result.perplexity['after']:.3f}" in report
     assert "held-back" in report
+    assert "Learning curve" in (tmp_path / "out" / "secateur-report.html").read_text()
     assert "magnitude" in (tmp_path / "out" / "README.md").read_text()
     again = recover(tmp_path / "out", tmp_path / "again", notes, steps=2)
     assert len(json.loads((tmp_path / "again" / "secateur.json").read_text())["recovery"]) == 2
     assert again.achieved == result.achieved
+
+
+def test_the_recipe_repeats_the_run(checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    options = {"ranks": {"0": 2}, "roles": ("q", "down"), "every": 1}
+    first = recover(cut(), tmp_path / "first", notes, options, teacher=checkpoint(), steps=2)
+    assert (tmp_path / "first" / "recipe-recover.yaml").read_text() == first.recipe
+    second = secateur.recover(recipe=tmp_path / "first" / "recipe-recover.yaml", output=tmp_path / "second")
+    assert second.recipe == first.recipe
+    assert grid.hashes(tmp_path / "first", *grid.TIMED) == grid.hashes(tmp_path / "second", *grid.TIMED)
 
 
 def test_a_recovered_model_can_be_pruned(cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
@@ -180,7 +190,8 @@ def test_the_text_teaches_nothing(cut: Checkpoints, notes: Path, held_out: Path,
     """The same weights with and without it: it is opened when they are final."""
     recover(cut(), tmp_path / "with", notes, text=held_out)
     recover(cut(), tmp_path / "without", notes)
-    assert grid.hashes(tmp_path / "with", grid.REPORT) == grid.hashes(tmp_path / "without", grid.REPORT)
+    apart = (*grid.TIMED, "recipe-recover.yaml")  # it names the text
+    assert grid.hashes(tmp_path / "with", *apart) == grid.hashes(tmp_path / "without", *apart)
 
 
 def test_json(
@@ -193,7 +204,7 @@ def test_json(
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
         "method", "requested", "achieved", "training", "perplexity", "seconds", "peak_rss_bytes", "output", "loads_in",
-        "seed",
+        "seed", "recipe",
     }  # fmt: skip
     assert found["perplexity"] is None
     assert found["training"]["steps"] == 2

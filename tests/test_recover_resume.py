@@ -69,7 +69,7 @@ def test_killed_and_resumed(
             secateur.recover(output=tmp_path / "out", **request)
         assert not (tmp_path / "out").exists()
     secateur.recover(output=tmp_path / "out", **request)
-    assert grid.hashes(tmp_path / "out", grid.REPORT) == straight
+    assert grid.hashes(tmp_path / "out", *grid.TIMED) == straight
     assert not work_folder(tmp_path / "out").exists()
 
 
@@ -81,7 +81,7 @@ def _straight(name: str, request: dict[str, Any], factory: pytest.TempPathFactor
     if name not in _STRAIGHT:
         out = factory.mktemp("straight") / "out"
         secateur.recover(output=out, **request)
-        _STRAIGHT[name] = grid.hashes(out, grid.REPORT)
+        _STRAIGHT[name] = grid.hashes(out, *grid.TIMED)
     return _STRAIGHT[name]
 
 
@@ -116,7 +116,7 @@ def test_sigkill(
     assert not out.exists()
     assert (work_folder(out) / "state-8.safetensors").is_file()
     assert run(words) == 0
-    assert grid.hashes(out, grid.REPORT) == straight
+    assert grid.hashes(out, *grid.TIMED) == straight
 
 
 def test_another_request_is_refused(checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
@@ -142,4 +142,4 @@ def test_a_damaged_checkpoint_is_not_believed(
     state = work_folder(tmp_path / "out") / "state-12.safetensors"
     state.write_bytes(state.read_bytes()[:-8] + bytes(8))
     secateur.recover(output=tmp_path / "out", **request)
-    assert grid.hashes(tmp_path / "out", grid.REPORT) == _straight("lora", request, tmp_path_factory)
+    assert grid.hashes(tmp_path / "out", *grid.TIMED) == _straight("lora", request, tmp_path_factory)

@@ -21,11 +21,13 @@ from secateur.checkpoints.folder import RECORD
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
-from secateur.engine.run import LEARNED, loads_elsewhere
+from secateur.engine.request import recipe_of
+from secateur.engine.run import LEARNED
 from secateur.errors import refuse
+from secateur.families.loading import loads_in
 from secateur.meters.memory import MemoryWatch, available_bytes
 from secateur.meters.perplexity import Text, load_stock, perplexity
-from secateur.reports.recover import write_card, write_report
+from secateur.reports.recover import RECIPE, RecoverFacts, write_card, write_report
 from secateur.training.adapters import adapt, merged, unfreeze
 from secateur.training.loop import Outcome, Trainer
 from secateur.training.objective import Objective
@@ -52,6 +54,7 @@ class RecoverResult:
     output: str | None
     loads_in: dict[str, str]
     seed: int
+    recipe: str
     model: nn.Module | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class RecoverResult:
 
 
 def recover(
-    model: Model,
+    model: Model | None = None,
     *,
     data: str | Path | None = None,
     teacher: Model | None = None,
@@ -74,7 +77,8 @@ def recover(
     """Train a cut model for a while and write it as a folder of the same kind.
 
     Args:
-        model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``).
+        model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``); may stand
+            in the recipe.
         data: text to train on: file, folder, hub data set, token ids.
         teacher: the uncut model, to learn from its logits too; a folder, a hub id or a module.
         method: ``lora`` (adapters, merged back) or ``full`` (all weights).
@@ -97,7 +101,7 @@ def recover(
                 values[key] = save_module(given, tokenizer, Path(temporary) / key)
         if output is None and isinstance(model, nn.Module):
             values["output"] = Path(temporary) / "recovered"
-        result = _recover_folder(*make_recovery(values, file), progress or Silent())
+        result = _recover_folder(*make_recovery(values, file), progress or Silent(), temporary)
         if not isinstance(model, nn.Module):
             return result
         trained = load_as(model, Path(str(result.output)), inplace)
@@ -105,13 +109,15 @@ def recover(
         return RecoverResult(**{**result.as_dict(), "output": shown, "model": trained})
 
 
-def _recover_folder(request: RecoverRequest, options: Training, progress: Progress) -> RecoverResult:
+def _recover_folder(request: RecoverRequest, options: Training, progress: Progress, temporary: str) -> RecoverResult:
+    """Recover a checkpoint folder; models that lie in ``temporary`` were modules in memory."""
     started = time.perf_counter()
     output = require_output(request, "a recovery")
     require_text(request)
     with MemoryWatch() as memory:
         job = prepare_recovery(request, options)
         _require_memory(job)
+        recipe = _recipe(request, options, temporary)
         inputs = [found for found in (job.checkpoint, job.teacher) if found is not None]
         with workplace(output, inputs) as place:
             work = place.folder
@@ -135,7 +141,9 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
                 "threads": str(torch.get_num_threads()),
                 "compute type": str(job.compute).removeprefix("torch."),
             }
-            write_report(result.folder.path, record, achieved, figures, facts)
+            (result.folder.path / RECIPE).write_text(recipe, encoding="utf-8")
+            name = request.model if _named(request.model, temporary) else "a module in memory"
+            write_report(result.folder.path, RecoverFacts(name, record, achieved, recipe, figures, facts))
             publish(result.folder.path, output, progress)
     return RecoverResult(
         method=request.method,
@@ -148,7 +156,22 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
         output=str(output),
         loads_in=record["loads_in"],
         seed=request.seed,
+        recipe=recipe,
     )
+
+
+def _named(model: str, temporary: str) -> bool:
+    """Whether a model can be named again; a module in memory cannot."""
+    return not Path(model).is_relative_to(temporary)
+
+
+def _recipe(request: RecoverRequest, options: Training, temporary: str) -> str:
+    """The request as YAML, modules in memory left out."""
+    asked = request
+    if request.teacher is not None and not _named(request.teacher, temporary):
+        asked = request.model_copy(update={"teacher": None})
+    given = options.model_dump(mode="json", include=set(request.options))
+    return recipe_of(asked, request.method, given, _named(request.model, temporary))
 
 
 def _require_memory(job: Recovery) -> None:
@@ -202,7 +225,7 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
     """Write the output folder beside its place and check that it reloads; returns its record."""
     import transformers
 
-    source, work = job.checkpoint, work_folder(output)
+    source, architecture, work = job.checkpoint, job.checkpoint.architecture, work_folder(output)
     result = work / "out"
     shutil.rmtree(result, ignore_errors=True)
     left_behind = copy_companions(source.folder.path, result, {output.resolve(), work.resolve()}, {LEARNED})
@@ -224,7 +247,12 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
         "recovery": [*job.source.get("recovery", []), recovery],
         "loads_in": {
             "transformers": f"verified({transformers.__version__})",
-            **loads_elsewhere(source.architecture.family, "per-layer" if source.architecture.per_layer else "native"),
+            **loads_in(
+                architecture.family,
+                job.sizes_before,
+                architecture.sizes,
+                "per-layer" if architecture.per_layer else "native",
+            ),
         },
         "passthrough": sorted(header.name for header in source.passthrough),
         "left_behind": left_behind,

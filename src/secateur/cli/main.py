@@ -131,7 +131,7 @@ def prune(
 
 @app.command()
 def recover(
-    model: ModelArg,
+    model: ModelOrRecipeArg = None,
     output: OutputOption = None,
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="MODEL2", help="uncut model to learn from")

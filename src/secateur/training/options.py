@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from secateur.engine.request import Request, over_recipe
+from secateur.engine.request import Request, checked, over_recipe
 from secateur.errors import refuse, validated
 
 Method = Literal["lora", "full"]
@@ -108,7 +108,7 @@ def make_recovery(values: dict[str, Any], recipe: Path | None = None) -> tuple[R
     Raises:
         RequestError: unknown names (near matches), values of the wrong kind, options that need a teacher without one.
     """
-    request = validated(RecoverRequest, over_recipe(values, recipe))
+    request = checked(RecoverRequest, over_recipe(values, recipe), "a recovery")
     training = validated(Training, request.options, "recover", "see: docs/recover.md")
     if request.teacher is None:
         for name in ("distill", "hidden"):

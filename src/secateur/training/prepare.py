@@ -53,6 +53,11 @@ class Recovery:
     compute: torch.dtype
     weights: torch.dtype
 
+    @property
+    def sizes_before(self) -> Sizes:
+        """Sizes before the cut, as far as the record tells; else the present ones."""
+        return _sizes_in(self.source) or self.checkpoint.architecture.sizes
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on with."""
         request = self.request
@@ -109,7 +114,9 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
     source = _record_of(checkpoint)
     ranks = {}
     if request.method == "lora":
-        ranks = ranks_of(checkpoint.architecture, options, _before(teacher, source))
+        ranks = ranks_of(
+            checkpoint.architecture, options, _sizes_in(source) if teacher is None else teacher.architecture.sizes
+        )
     windows = calibration_windows(
         request.data,
         checkpoint.folder.path,
@@ -188,11 +195,9 @@ def _record_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _before(teacher: Checkpoint | None, source: dict[str, Any]) -> Sizes | None:
-    """Sizes before the cut: the teacher's, else those in the record of the cut."""
-    if teacher is not None:
-        return teacher.architecture.sizes
+def _sizes_in(source: dict[str, Any]) -> Sizes | None:
+    """Sizes before the cut as a record tells them; None where there is none, or one of another version."""
     try:
         return sizes_of(source["before"])
     except (KeyError, TypeError):
-        return None  # no record, or one of another version
+        return None
