@@ -241,11 +241,11 @@ class Architecture:
         """What the stock class multiplies token embeddings by, as far as it depends on the width of the stream.
 
         Args:
-            dtype: the model's, to which the stock class rounds it (from float32).
+            dtype: the model's, to which the stock class rounds it.
         """
         if not self.family.scaled_embedding:
             return 1.0
-        return float(torch.tensor(math.sqrt(self._size("residual")), dtype=torch.float32).to(dtype))
+        return float(torch.tensor(math.sqrt(self._size("residual")), dtype=dtype))
 
     @property
     def query_heads(self) -> int:
