@@ -117,7 +117,8 @@ def ci_cells() -> list[Cell]:
     more = {Cell(f, "magnitude", _Frozen(spaces=k)) for f, k in _MORE}
     shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
     possible = {cell for cell in every if not cell.refused}
-    return sorted(wide | possible | more | shared, key=str)
+    rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
+    return sorted(wide | possible | more | shared | rotated, key=str)
 
 
 _MORE = (
@@ -141,6 +142,7 @@ def method_cells() -> list[Cell]:
 def family_cells() -> list[Cell]:
     """Every family x every space x both layouts, by magnitude; every other method with its defaults."""
     found = [Cell(f, "magnitude", _Frozen(spaces=k), s) for f in models.ALL for k in KINDS for s in LAYOUTS]
+    found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
     found += [Cell(f, m, _Frozen()) for f in models.ALL for m in method_names() if m not in ("magnitude", "random")]
     return found
 

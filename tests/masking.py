@@ -73,7 +73,9 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
             _zero_inputs(block.get_submodule(where.attention_out), gone)
         else:
             raise AssertionError(f"the oracle does not know the space {name}")
-    if plan.bases:
+    if "stem.final_norm" in plan.bases:
+        rotate_stream(model, where, plan)
+    elif plan.bases:
         if plan.after.tied:
             share_table(model, where, plan.bases["residual"])
         project_stream(model, where, plan.bases["residual"])
@@ -94,6 +96,44 @@ def project_stream(model: Any, where: Where, basis: Tensor) -> None:
     for block in model.get_submodule(where.blocks):
         block.get_submodule(where.attention_out).register_forward_hook(project)
         block.get_submodule(where.ffn_out).register_forward_hook(project)
+
+
+def rotate_stream(model: Any, where: Where, plan: Plan) -> None:
+    """Project the stream, at every norm, onto the directions that survive there."""
+    blocks = model.get_submodule(where.blocks)
+    norms = ("attention_norm",) if where.parallel else ("attention_norm", "ffn_norm")
+    bases = [plan.bases[f"blocks.{i}.{norm}"] for i in range(len(blocks)) for norm in norms]
+    projectors = [b @ b.t() for b in (*bases, plan.bases["stem.final_norm"])]
+    weight = getattr(model.config, "residual_multiplier", 1.0)
+    stream: dict[str, Tensor] = {}
+
+    def project_table(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output @ projectors[0]
+
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stream["x"] = inputs[0]
+
+    def branch(projector: Tensor | None) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            signal = output[0] if isinstance(output, tuple) else output
+            before = stream["x"].reshape(signal.shape)  # OPT flattens the positions inside a block
+            stream["x"] = before + weight * signal
+            if projector is None:  # parallel: the stream is taken up behind the other branch
+                return output
+            stream["x"] = stream["x"] @ projector
+            changed = (stream["x"] - before) / weight
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    for table in where.tables:
+        model.get_submodule(table).register_forward_hook(project_table)
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(enter)
+        first = None if where.parallel else projectors[2 * index + 1]
+        second = projectors[index + 1] if where.parallel else projectors[2 * index + 2]
+        block.get_submodule(where.attention_out).register_forward_hook(branch(first))
+        block.get_submodule(where.ffn_out).register_forward_hook(branch(second))
 
 
 @torch.no_grad()

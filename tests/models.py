@@ -20,6 +20,7 @@ from secateur.families.stock import quiet_transformers
 from zoo import ALL as ALL
 from zoo import COMMON, CONTEXT, VOCABULARY
 from zoo import FAMILIES as FAMILIES
+from zoo import Where as Where
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",

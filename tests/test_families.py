@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,6 +165,17 @@ def test_buffers_of_the_router_travel(checkpoint: Checkpoints, tmp_path: Path) -
     assert all(any(torch.equal(tensor, value) for value in values) for tensor in found)
 
 
+def test_keys_by_another_name_follow(tmp_path: Path) -> None:
+    """What a configuration calls otherwise is not left behind at its old value."""
+    folder = models.save(tmp_path / "model", "bloom")
+    config = models.config(folder)
+    config["num_hidden_layers"] = config.pop("n_layer")
+    (folder / "config.json").write_text(json.dumps(config))
+    secateur.prune(folder, method="random", ratio=0.2, options={"spaces": "blocks"}, output=tmp_path / "out")
+    assert models.load(tmp_path / "out").config.n_layer == 2
+    assert "num_hidden_layers" not in models.config(tmp_path / "out")
+
+
 def test_a_norm_that_no_role_describes_must_be_there(tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_layernorm.norms.2.weight"
 
@@ -176,8 +188,6 @@ def test_a_norm_that_no_role_describes_must_be_there(tmp_path: Path) -> None:
 
 
 def test_files_of_four_bits_are_refused(tmp_path: Path) -> None:
-    import json
-
     folder = models.save(tmp_path / "model", "gpt_oss")
     config = {**models.config(folder), "quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(config))

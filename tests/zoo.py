@@ -5,7 +5,7 @@ Written down here again, not taken from the family files. A new family joins wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 CONTEXT = 64
@@ -34,6 +34,7 @@ class Where:
     experts: str | None = None
     shared_reader: str = "mlp.shared_expert.down_proj"
     final_norm: str = "model.norm"
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ _DEEPSEEK = {
 }
 _LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
 _H = Where("transformer.h", ("transformer.word_embeddings",), "self_attention.dense", "mlp", "mlp.dense_4h_to_h")
+_NEOX = Where("gpt_neox.layers", ("gpt_neox.embed_in",), "attention.dense", "mlp", "mlp.dense_4h_to_h")
+_PARALLEL = Where(parallel=True)
 _EXPERTS = Where(experts="mlp.experts")
 
 FAMILIES: dict[str, Tiny] = {
@@ -112,15 +115,13 @@ FAMILIES: dict[str, Tiny] = {
         {**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         _EXPERTS,
     ),
-    "phi": Tiny(_PLAIN, Where(attention_out="self_attn.dense", ffn_reader="mlp.fc2")),
+    "phi": Tiny(_PLAIN, Where(attention_out="self_attn.dense", ffn_reader="mlp.fc2", parallel=True)),
     "phi3": Tiny({**_PLAIN, "sliding_window": 8}),
     "gemma": Tiny(_GQA),
     "gemma2": Tiny({**_GQA, "sliding_window": 8, "query_pre_attn_scalar": 6}),
     "gemma3_text": Tiny({**_GQA, "sliding_window": 8, "query_pre_attn_scalar": 6, "sliding_window_pattern": 2}),
-    "gpt_neox": Tiny(
-        _UNGROUPED, Where("gpt_neox.layers", ("gpt_neox.embed_in",), "attention.dense", "mlp", "mlp.dense_4h_to_h")
-    ),
-    "falcon": Tiny(_FALCON, _H),
+    "gpt_neox": Tiny(_UNGROUPED, replace(_NEOX, parallel=True)),
+    "falcon": Tiny(_FALCON, replace(_H, parallel=True)),
     "bloom": Tiny(_BLOOM, _H),
     "stablelm": Tiny(_PLAIN),
     "olmo2": Tiny(_GQA),
@@ -135,7 +136,7 @@ FAMILIES: dict[str, Tiny] = {
             "attention_multiplier": 0.3,
         }
     ),
-    "cohere": Tiny({**_PLAIN, "logit_scale": 0.3}),
+    "cohere": Tiny({**_PLAIN, "logit_scale": 0.3}, _PARALLEL),
     "qwen2_moe": Tiny({**_MOE, "shared_expert_intermediate_size": 48}, _EXPERTS),
     "qwen3_moe": Tiny(_MOE, _EXPERTS),
     "olmoe": Tiny({**_PLAIN, "num_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
@@ -166,21 +167,25 @@ VARIANTS: dict[str, Tiny] = {
     "phi3-longrope": Tiny({**_PLAIN, "rope_parameters": _LONG}, model_type="phi3"),
     "gemma-one": Tiny({**_GQA, "num_key_value_heads": 1}, model_type="gemma"),
     "gemma-untied": Tiny({**_GQA, "tie_word_embeddings": False}, model_type="gemma"),
-    "gpt_neox-sequential": Tiny({**_UNGROUPED, "use_parallel_residual": False}, FAMILIES["gpt_neox"].where, "gpt_neox"),
-    "falcon-new": Tiny({**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3}, _H, "falcon"),
+    "gpt_neox-sequential": Tiny({**_UNGROUPED, "use_parallel_residual": False}, _NEOX, "gpt_neox"),
+    "falcon-new": Tiny(
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3}, replace(_H, parallel=True), "falcon"
+    ),
     "falcon-one-norm": Tiny(
-        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1}, _H, "falcon"
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
+        replace(_H, parallel=True),
+        "falcon",
     ),
     "falcon-heads": Tiny({**_FALCON, "multi_query": False, "parallel_attn": False, "bias": False}, _H, "falcon"),
     "falcon-alibi": Tiny({**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}, _H, "falcon"),
-    "stablelm-parallel": Tiny({**_PLAIN, "use_parallel_residual": True, "use_qkv_bias": True}, model_type="stablelm"),
+    "stablelm-parallel": Tiny({**_PLAIN, "use_parallel_residual": True, "use_qkv_bias": True}, _PARALLEL, "stablelm"),
     "stablelm-norms": Tiny({**_PLAIN, "qk_layernorm": True}, model_type="stablelm"),
     "starcoder2-untied": Tiny(
         {**_PLAIN, "tie_word_embeddings": False, "use_bias": False}, FAMILIES["starcoder2"].where, "starcoder2"
     ),
     "granite-tied": Tiny({**FAMILIES["granite"].config, "tie_word_embeddings": True}, model_type="granite"),
     "cohere-norms": Tiny(
-        {**_PLAIN, "logit_scale": 0.3, "use_qk_norm": True, "tie_word_embeddings": False}, model_type="cohere"
+        {**_PLAIN, "logit_scale": 0.3, "use_qk_norm": True, "tie_word_embeddings": False}, _PARALLEL, "cohere"
     ),
     "qwen2_moe-dense": Tiny(
         {**FAMILIES["qwen2_moe"].config, "num_hidden_layers": 4, "mlp_only_layers": [3], "decoder_sparse_step": 2},

@@ -34,7 +34,7 @@ def interfaces(architecture: Architecture) -> list[str]:
     names = [
         f"blocks.{block}.{role}"
         for block in range(len(architecture.sizes.blocks))
-        for role in (["attention_norm"] if architecture.parallel else architecture.norms_on_stream(block))
+        for role in architecture.norms_on_stream(block)
     ]
     return [*names, "stem.final_norm"]
 

@@ -267,7 +267,12 @@ class Architecture:
         raise InternalError("no-role", f"module of role {role!r} in {self.family.model_type}", "there is none")
 
     def norms_on_stream(self, block: Block) -> list[str]:
-        """Roles of the norms that read the stream in one block, in the order of the forward pass."""
+        """Roles of the norms that read the stream in one block, in the order of the forward pass.
+
+        Of two that read the same stream side by side, the first.
+        """
+        if self.parallel:
+            return ["attention_norm"]
         return [role for role in ("attention_norm", "ffn_norm") if role in self.roles_of(block)]
 
     @property

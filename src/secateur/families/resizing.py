@@ -66,6 +66,14 @@ def _values(block: BlockSizes) -> dict[str, int]:
     return {**widths, "kv": block.kv, "heads": block.kv * block.group}
 
 
+def _write(raw: dict[str, Any], architecture: Architecture, name: str, value: int) -> None:
+    """Set a key, which the file may know by another name of the stock configuration."""
+    for other, own in architecture.config.attribute_map.items():
+        if own == name:
+            raw.pop(other, None)
+    raw[name] = value
+
+
 def _write_sizes(raw: dict[str, Any], architecture: Architecture, sizes: Sizes) -> None:
     """The native layout: uniform sizes under the stock configuration's keys."""
     keys, present = architecture.family.sizes, architecture.sizes
@@ -76,9 +84,9 @@ def _write_sizes(raw: dict[str, Any], architecture: Architecture, sizes: Sizes) 
     for key, value in wanted.items():
         name = keys.get(key)
         if isinstance(name, str) and value != current[key]:
-            raw[name] = value
+            _write(raw, architecture, name, value)
     if isinstance(name := keys.get("head"), str):
-        raw[name] = sizes.head
+        _write(raw, architecture, name, sizes.head)
     if "word_embed_proj_dim" in raw and sizes.residual != present.residual:
         raw["word_embed_proj_dim"] = sizes.residual
 
@@ -88,7 +96,7 @@ def _write_depth(raw: dict[str, Any], architecture: Architecture, kept: list[int
     family, depth = architecture.family, len(architecture.sizes.blocks)
     key = family.sizes["blocks"]
     assert isinstance(key, str)
-    raw[key] = len(kept)
+    _write(raw, architecture, key, len(kept))
     for name, value in architecture.config.to_dict().items():
         # lists over the layers, also those the class derives from their indices, follow the survivors
         if isinstance(value, list) and len(value) == depth:
