@@ -140,8 +140,10 @@ def method_cells() -> list[Cell]:
 
 
 def family_cells() -> list[Cell]:
-    """Every family x every space x both layouts, by magnitude; every other method with its defaults."""
+    """Every family x every space x both layouts, by magnitude, sizes that differ too; other methods with defaults."""
     found = [Cell(f, "magnitude", _Frozen(spaces=k), s) for f in models.ALL for k in KINDS for s in LAYOUTS]
+    ranked = [_Frozen(spaces=k, allocation="global") for k in ("ffn", "kv")]
+    found += [Cell(f, "magnitude", o, "per-layer") for f in models.ALL for o in ranked]
     found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
     found += [Cell(f, m, _Frozen()) for f in models.ALL for m in method_names() if m not in ("magnitude", "random")]
     return found
