@@ -123,6 +123,12 @@ def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def further_tokens(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a block beyond the last, which predicts further tokens and which the stock class leaves alone."""
+    beyond = {key.replace("layers.2.", "layers.3."): tensor for key, tensor in tensors.items() if "layers.2." in key}
+    return {**tensors, **beyond}
+
+
 FORMS: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "bloom-bare": ("bloom", bare, "blocks"),
     "gpt_neox-old": ("gpt_neox", old_neox, "ffn"),
@@ -130,6 +136,7 @@ FORMS: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]], st
     "falcon-repeated": ("falcon", repeated_head, "ffn"),
     "qwen2_moe-fused": ("qwen2_moe", fused, "ffn"),
     "qwen3_moe-fused": ("qwen3_moe", fused, "residual"),
+    "deepseek_v3-further": ("deepseek_v3", further_tokens, "residual"),
 }
 
 

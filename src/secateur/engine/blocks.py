@@ -52,7 +52,8 @@ class BlockRunner:
         for name, shape in architecture.unmapped.items():
             self._assign(name, rest[name] if name in rest else torch.zeros(shape))
         for name in set(rest).intersection(architecture.buffers):
-            self.model.get_buffer(name).copy_(rest[name])
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path)._buffers[leaf] = rest[name]  # in its own data type, as transformers keeps it
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)

@@ -110,7 +110,7 @@ def _write_depth(raw: dict[str, Any], architecture: Architecture, kept: list[int
 
 
 def _layer_overrides(architecture: Architecture) -> dict[str, dict[str, int]]:
-    """transformers' ``per_layer_config``: the keys of every layer that differ from the configuration, some omitted.
+    """transformers' ``per_layer_config``: the keys of every layer that differ from the configuration.
 
     They only inform: the bundled modelling file goes by its own record.
     """
