@@ -10,38 +10,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from models import Where
 from secateur.plans import Plan
+from zoo import Where
 
 
 def swap_precise_parts(model: Any) -> Any:
-    """Replace what stock classes compute in float32 even in a float64 model: RMS norms and the experts' router."""
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            module.forward = _Rms(module)
-        elif kind.endswith("TopKRouter"):
-            module.forward = _Router(module)
+    """Let a float64 model compute in float64 what its stock class computes in float32: norms, softmax, routers."""
+    forward = model.forward
+
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with _Precise():
+            return forward(*args, **kwargs)
+
+    model.forward = precise
     return model
 
 
-class _Rms:
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.eps = module, module.variance_epsilon
+class _Precise(TorchFunctionMode):
+    """Float64 tensors stay float64; tables of positions, which are the same in both models, stay float32."""
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return self.module.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.eps)
-
-
-class _Router:
-    def __init__(self, module: nn.Module) -> None:
-        self.weight, self.top = module.weight, module.top_k
-
-    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden.reshape(-1, hidden.shape[-1]) @ self.weight.t()
-        values, indices = logits.softmax(-1).topk(self.top, dim=-1)
-        return logits, values / values.sum(-1, keepdim=True), indices
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name, signal = getattr(func, "__name__", ""), args[0] if args else None
+        if isinstance(signal, Tensor) and signal.dtype == torch.float64:
+            narrow = torch.float32 in (*args[1:], *kwargs.values())
+            if name == "float" or (narrow and name in ("to", "type")):
+                return signal
+            if narrow and name == "softmax":
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def mask(model: Any, where: Where, plan: Plan) -> Any:
@@ -52,24 +53,29 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
         if name == "blocks":
             for index, block in enumerate(blocks):
                 if index not in kept.tolist():
-                    block.forward = _identity
-        elif name == "residual":
-            basis = torch.eye(plan.before.residual, dtype=torch.float64)[:, kept]
-            project_stream(model, where, basis)
+                    block.forward = _Identity(model)
+            continue
+        if name == "residual":
+            project_stream(model, where, torch.eye(plan.before.residual, dtype=torch.float64)[:, kept])
+            continue
+        block, sizes = blocks[int(parts[1])], plan.before.blocks[int(parts[1])]
+        if name.endswith("experts.shared.ffn"):
+            _zero_inputs(block.get_submodule(where.shared_reader), _others(kept, sizes.shared))
+        elif parts[2] == "experts":
+            _zero_expert(block.get_submodule(where.experts), int(parts[3]), _others(kept, sizes.ffn))
         elif parts[-1] == "ffn":
-            gone = _others(kept, plan.before.blocks[0].ffn)
-            if where.experts is None:
-                _zero_inputs(blocks[int(parts[1])].get_submodule(where.ffn_reader), gone)
-            else:
-                _zero_expert(blocks[int(parts[1])].get_submodule(where.experts), int(parts[3]), gone)
-        elif parts[-1] == "kv":
-            width = plan.before.head * plan.before.blocks[0].group
-            gone = _others(kept, plan.before.blocks[0].kv)
-            positions = [group * width + i for group in gone for i in range(width)]
-            _zero_inputs(blocks[int(parts[1])].get_submodule(where.attention_out), positions)
+            _zero_inputs(block.get_submodule(where.ffn_reader), _others(kept, sizes.ffn))
+        elif parts[-1] in ("kv", "heads"):
+            # query heads stand group by group; a unit of ``kv`` is a group, one of ``heads`` a head of the only group
+            units, width = (sizes.kv, sizes.group) if parts[-1] == "kv" else (sizes.group, 1)
+            span = width * plan.before.head
+            gone = [unit * span + i for unit in _others(kept, units) for i in range(span)]
+            _zero_inputs(block.get_submodule(where.attention_out), gone)
         else:
             raise AssertionError(f"the oracle does not know the space {name}")
-    if plan.bases:
+    if "stem.final_norm" in plan.bases:
+        rotate_stream(model, where, plan)
+    elif plan.bases:
         if plan.after.tied:
             share_table(model, where, plan.bases["residual"])
         project_stream(model, where, plan.bases["residual"])
@@ -92,6 +98,44 @@ def project_stream(model: Any, where: Where, basis: Tensor) -> None:
         block.get_submodule(where.ffn_out).register_forward_hook(project)
 
 
+def rotate_stream(model: Any, where: Where, plan: Plan) -> None:
+    """Project the stream, at every norm, onto the directions that survive there."""
+    blocks = model.get_submodule(where.blocks)
+    norms = ("attention_norm",) if where.parallel else ("attention_norm", "ffn_norm")
+    bases = [plan.bases[f"blocks.{i}.{norm}"] for i in range(len(blocks)) for norm in norms]
+    projectors = [b @ b.t() for b in (*bases, plan.bases["stem.final_norm"])]
+    weight = getattr(model.config, "residual_multiplier", 1.0)
+    stream: dict[str, Tensor] = {}
+
+    def project_table(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output @ projectors[0]
+
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        stream["x"] = inputs[0]
+
+    def branch(projector: Tensor | None) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            signal = output[0] if isinstance(output, tuple) else output
+            before = stream["x"].reshape(signal.shape)  # OPT flattens the positions inside a block
+            stream["x"] = before + weight * signal
+            if projector is None:  # parallel: the stream is taken up behind the other branch
+                return output
+            stream["x"] = stream["x"] @ projector
+            changed = (stream["x"] - before) / weight
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return hook
+
+    for table in where.tables:
+        model.get_submodule(table).register_forward_hook(project_table)
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(enter)
+        first = None if where.parallel else projectors[2 * index + 1]
+        second = projectors[index + 1] if where.parallel else projectors[2 * index + 2]
+        block.get_submodule(where.attention_out).register_forward_hook(branch(first))
+        block.get_submodule(where.ffn_out).register_forward_hook(branch(second))
+
+
 @torch.no_grad()
 def share_table(model: Any, where: Where, basis: Tensor) -> None:
     """Give a dense model with a tied head what one table T and gains h can say of both, by plain least squares.
@@ -99,8 +143,9 @@ def share_table(model: Any, where: Where, basis: Tensor) -> None:
     With the embedding A = E Q and the head B = E diag(g) Q, h fits A diag(h) = B column by column, and T fits T = A
     and T diag(h) = B, each equation divided by the norm of its right side.
     """
-    table, norm = model.get_submodule(where.tables[0]), model.model.norm
-    first, second = table.weight @ basis, (table.weight * norm.weight) @ basis
+    table, norm = model.get_submodule(where.tables[0]), model.get_submodule(where.final_norm)
+    offset = float("Gemma" in type(norm).__name__)  # its norms multiply with 1 + weight
+    first, second = table.weight @ basis, (table.weight * (norm.weight + offset)) @ basis
     columns = range(basis.shape[1])
     gains = torch.stack([torch.linalg.lstsq(first[:, [j]], second[:, j]).solution[0] for j in columns])
     weights = torch.stack([1 / first.norm(), 1 / second.norm()])
@@ -111,15 +156,21 @@ def share_table(model: Any, where: Where, basis: Tensor) -> None:
         shared[:, j] = torch.linalg.lstsq(left, right).solution[0]
     model.lm_head.weight = nn.Parameter((shared * gains) @ basis.t())
     table.weight = nn.Parameter(shared @ basis.t())
-    norm.weight.fill_(1)
+    norm.weight.fill_(1 - offset)
 
 
 def _others(kept: Tensor, size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept.tolist()))
 
 
-def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+class _Identity:
+    """A block that leaves the stream as it is; some stock models want a tuple of it."""
+
+    def __init__(self, model: Any) -> None:
+        self.tuple = type(model).__name__.startswith(("Falcon", "Bloom"))
+
+    def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, None) if self.tuple else hidden_states
 
 
 def _zero_inputs(module: nn.Module, gone: list[int]) -> None:
@@ -132,11 +183,12 @@ def _zero_inputs(module: nn.Module, gone: list[int]) -> None:
 
 
 def _zero_expert(experts: Any, expert: int, gone: list[int]) -> None:
-    """The fused module has no place for a hook between its products: silence the rows that write the neurons."""
-    width = experts.down_proj.shape[-1]
+    """The fused module has no place for a hook between its products: silence what reads the neurons."""
     with torch.no_grad():
-        experts.gate_up_proj[expert, gone] = 0
-        experts.gate_up_proj[expert, [width + i for i in gone]] = 0
+        if hasattr(experts, "down_proj_bias"):  # stored [in, out]
+            experts.down_proj[expert, gone] = 0
+        else:
+            experts.down_proj[expert, :, gone] = 0
 
 
 @torch.no_grad()

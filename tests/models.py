@@ -1,10 +1,9 @@
-"""Tiny random checkpoints of every family, made on the spot. A new family joins with one line in ``FAMILIES``."""
+"""Tiny random checkpoints of every family in the zoo, made on the spot."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,86 +15,12 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import secateur
 from secateur.families.stock import quiet_transformers
-
-CONTEXT = 64
-VOCABULARY = 300
-_COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-_GQA = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-}
-
-
-@dataclass(frozen=True)
-class Where:
-    """Module names of a stock class, for hooks. Written down here again, not taken from the family files."""
-
-    blocks: str = "model.layers"
-    tables: tuple[str, ...] = ("model.embed_tokens",)
-    attention_out: str = "self_attn.o_proj"
-    ffn_out: str = "mlp"
-    ffn_reader: str = "mlp.down_proj"
-    experts: str | None = None
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A family at a size that fits in a test."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    where: Where = Where()
-    model_type: str = ""
-
-
-FAMILIES: dict[str, Tiny] = {
-    "llama": Tiny(_GQA),
-    "mistral": Tiny({**_GQA, "sliding_window": 8}),
-    "qwen2": Tiny({**_GQA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "qwen3": Tiny(_GQA),
-    "gpt2": Tiny(
-        {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT},
-        Where("transformer.h", ("transformer.wte", "transformer.wpe"), "attn.c_proj", "mlp", "mlp.c_proj"),
-    ),
-    "opt": Tiny(
-        {
-            "hidden_size": 48,
-            "word_embed_proj_dim": 48,
-            "ffn_dim": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "max_position_embeddings": CONTEXT,
-        },
-        Where(
-            "model.decoder.layers",
-            ("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-            "self_attn.out_proj",
-            "fc2",
-            "fc2",
-        ),
-    ),
-    "mixtral": Tiny(
-        {**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-        Where(experts="mlp.experts"),
-    ),
-}
-"""Families by name; a variant of one names its ``model_type``."""
-
-VARIANTS: dict[str, Tiny] = {
-    "llama-tied": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="llama"),
-    "llama-mha": Tiny(
-        {**_GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
-        model_type="llama",
-    ),
-    "qwen2-full": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="qwen2"),
-    "gpt2-inner": Tiny({**FAMILIES["gpt2"].config, "n_inner": 80}, FAMILIES["gpt2"].where, "gpt2"),
-}
-ALL = {**FAMILIES, **VARIANTS}
+from zoo import ALL as ALL
+from zoo import COMMON, CONTEXT, VOCABULARY
+from zoo import FAMILIES as FAMILIES
+from zoo import Where as Where
 
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",
@@ -140,7 +65,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def stock(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A stock model with random weights, in which no bias is zero and no norm weight one."""
     tiny = ALL[name]
-    config = AutoConfig.for_model(tiny.model_type or name, **{**_COMMON, **tiny.config, **changes})
+    config = AutoConfig.for_model(tiny.model_type or name, **{**COMMON, **tiny.config, **changes})
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -152,6 +77,10 @@ def stock(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
             else:
                 value = noise / parameter.shape[-1] ** 0.5
             parameter.copy_(value)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for key, buffer in model.state_dict().items():
+            if key not in parameters:
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
     return model
 
 
@@ -223,11 +152,16 @@ DISK: dict[str, dict[str, Any]] = {
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """Plain transformers; every key must be there and none too many, buffers of GPT-2 apart."""
+    """Plain transformers; every key must be there and none too many, buffers of GPT-2 apart.
+
+    A folder whose layers differ is loaded by ``secateur.load``.
+    """
+    arguments = {"output_loading_info": True, "local_files_only": True, **options}
     with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, **options
-        )
+        if "auto_map" in config(folder):
+            model, info = secateur.load(folder, **arguments)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **arguments)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(".attn.bias")]

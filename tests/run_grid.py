@@ -7,7 +7,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,30 +32,37 @@ def cell_text(cell: grid.Cell) -> str:
             return "FAILED"
 
 
-def document(cells: Sequence[grid.Cell], texts: Sequence[str], seconds: float) -> str:
+def document(results: Mapping[grid.Cell, str], seconds: float) -> str:
     """The page; reasons of refusals become footnotes."""
-    reasons: list[str] = []
-    shown: dict[tuple[str, str], str] = {}
-    for cell, text in zip(cells, texts, strict=True):
-        kind, _, reason = text.partition(": ")
-        if reason and reason not in reasons:
-            reasons.append(reason)
-        row = str(cell).removeprefix(cell.family + "-").replace("-", " ", 1).replace("-", ", ")
-        shown[row, cell.family] = f"{kind} ({reasons.index(reason) + 1})" if reason else kind
-    rows = list(dict.fromkeys(row for row, _ in shown))
-    body = [[f"`{row}`", *(shown[row, family] for family in models.ALL)] for row in rows]
-    failed = sum(text == "FAILED" for text in texts)
+    reasons = list(dict.fromkeys(text.partition(": ")[2] for text in results.values() if ": " in text))
+
+    def shown(cell: grid.Cell) -> str:
+        kind, _, reason = results[cell].partition(": ")
+        return f"{kind} ({reasons.index(reason) + 1})" if reason else kind
+
+    rows = {cell.row: replace(cell, family="") for cell in grid.method_cells()}
+    by_method = [[f"`{name}`", *(shown(replace(row, family=f)) for f in grid.FIRST)] for name, row in rows.items()]
+    columns = {cell.row: replace(cell, family="") for cell in grid.family_cells()}
+    heads = [name.removeprefix("magnitude-spaces=") for name in columns]
+    by_family = [[f"`{f}`", *(shown(replace(column, family=f)) for column in columns.values())] for f in models.ALL]
+    failed = sum(text == "FAILED" for text in results.values())
     parts = [
         "# The grid",
-        f"Every method x every family x its options on tiny random float64 models: {len(cells)} cells, "
-        f"{failed} failed, {seconds:.0f} s. Written by `make grid` (secateur {secateur.__version__}, "
+        "Every family x every space x both layouts (by magnitude), every method x every family, and every method x the "
+        f"first families x all its options, on tiny random float64 models: {len(results)} cells, {failed} failed, "
+        f"{seconds:.0f} s. Written by `make grid` (secateur {secateur.__version__}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}).",
         "A cell is `ok` when the written model computes what the dense one computes with the removed units silenced "
         f"by hooks (to {grid.SELECTION:g} with float64 norms, to {grid.ROTATION:g} with the stock ones), plain "
         "transformers loads it with no key missing or left over, the parameters reported are those of the file and of "
         "the loaded model, every hash in `secateur.json` is that of its tensor, a second run gives the same bytes, and "
         "the input is untouched. `refused` cells end with exit code 2, this reason and nothing left behind.",
-        table(["method, options", *models.ALL], body),
+        "## Families",
+        "A space is cut by magnitude in the native layout, or in the per-layer one; the other columns are methods.",
+        table(["family", *heads], by_family),
+        "## Methods",
+        table(["method, options", *grid.FIRST], by_method),
+        "## Refusals",
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -66,13 +74,13 @@ def main() -> int:
     torch.set_num_threads(1)
     started = time.monotonic()
     cells = grid.full_cells()
-    texts = []
+    results: dict[grid.Cell, str] = {}
     for number, cell in enumerate(cells, 1):
-        texts.append(cell_text(cell))
-        print(f"{number}/{len(cells)} {cell}: {texts[-1]}", file=sys.stderr, flush=True)
+        results[cell] = cell_text(cell)
+        print(f"{number}/{len(cells)} {cell}: {results[cell]}", file=sys.stderr, flush=True)
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document(cells, texts, time.monotonic() - started), encoding="utf-8")
-    return int("FAILED" in texts)
+    DOCUMENT.write_text(document(results, time.monotonic() - started), encoding="utf-8")
+    return int("FAILED" in results.values())
 
 
 if __name__ == "__main__":

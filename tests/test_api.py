@@ -162,15 +162,6 @@ def test_methods_describe_their_options() -> None:
         assert set(facts["options"]) == set(method_class(name).model_fields)
 
 
-def test_families_say_what_is_native() -> None:
-    found = secateur.families()
-    assert set(models.FAMILIES) <= set(found)
-    for family in models.FAMILIES:
-        for kind in grid.SPACES:
-            refused = found[family]["native"][kind].startswith("refused")
-            assert refused == (kind in grid.NOT_NATIVE.get(family, ())), (family, kind)
-
-
 def test_inspect_counts(checkpoint: Checkpoints) -> None:
     found = secateur.inspect(checkpoint("mixtral"))
     assert found["params"] == sum(p.numel() for p in models.load(checkpoint("mixtral")).parameters())

@@ -60,6 +60,11 @@ class Costs:
                 for t in architecture.tensors_of(place)
                 if t.name != _HEAD and "triangle" not in t.axes
             )
+        self._latent = {  # attention of low rank keeps what its keys and values are made of
+            t.block: architecture.shapes[t.name][0]
+            for t in architecture.tensors.values()
+            if (t.role, t.kind) == ("latent_kv", "weight")
+        }
         self.head_axes = architecture.tensors[_HEAD].axes
         self.itemsize = itemsizes.get(_HEAD, itemsizes[canonical_name(None, "embedding", "weight")])
         self.params = cache(self._params)
@@ -117,4 +122,5 @@ class Costs:
 
     def kv_bytes(self, sizes: Sizes) -> int:
         """Bytes of key/value cache per token, in the data type of the weights."""
-        return sum(2 * block.kv * sizes.head * self.itemsize for block in sizes.blocks)
+        cached = (self._latent.get(i) or 2 * block.kv * sizes.head for i, block in enumerate(sizes.blocks))
+        return self.itemsize * sum(cached)

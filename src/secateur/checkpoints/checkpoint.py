@@ -43,6 +43,8 @@ class Checkpoint:
         self._separate_untied_head()
         for place in self.architecture.places:
             self.packed[place] = [d for p in self.architecture.packed_of(place) for d in self._on_disk(p)]
+        present = self._on_disk_as_is(self.architecture.unmapped)
+        self.problems += [self._missing(name) for name in self.architecture.unmapped if name not in present]
         self._check_shapes()
 
     @classmethod
@@ -61,29 +63,31 @@ class Checkpoint:
         return (name, name.removeprefix(base)) if name.startswith(base) else (name,)
 
     def _on_disk(self, packed: Packed) -> list[Packed]:
-        """The tensors on disk that hold ``packed``, under the first spelling found."""
+        """The tensors on disk that hold ``packed``; without them, a problem."""
+        found = self._find(packed)
+        if not found:
+            self.problems.append(self._missing(packed.name))
+        return found
+
+    def _missing(self, name: str) -> RequestError:
+        asked = f"parameter {name} of {self.architecture.family.model_type}"
+        return RequestError("missing-tensor", asked, "it is in no file of the folder", "fetch the checkpoint again")
+
+    def _find(self, packed: Packed) -> list[Packed]:
+        """The tensors on disk that hold ``packed``, under the first spelling found; none where there are none."""
         headers = self.folder.headers
         for form in (*self._disk_forms(packed), [packed]):
             for spelled in zip(*(self._spellings(p.name) for p in form), strict=True):
                 if all(name in headers for name in spelled):
                     return [replace(p, name=name) for p, name in zip(form, spelled, strict=True)]
-        self.problems.append(
-            RequestError(
-                "missing-tensor",
-                f"parameter {packed.name} of {self.architecture.family.model_type}",
-                "it is in no file of the folder",
-                "fetch the checkpoint again",
-            )
-        )
         return []
 
     def _disk_forms(self, packed: Packed) -> Iterator[list[Packed]]:
         """Other arrangements on disk that the family file knows for a module's tensor."""
-        prefix = self.architecture.family.blocks + "."
-        if not packed.name.startswith(prefix):
-            return
-        number, _, local = packed.name.removeprefix(prefix).partition(".")
-        place = f"{prefix}{number}."
+        prefix, place, local = self.architecture.family.blocks + ".", "", packed.name
+        if packed.name.startswith(prefix):
+            number, _, local = packed.name.removeprefix(prefix).partition(".")
+            place = f"{prefix}{number}."
         module, _, kind = local.rpartition(".")
         renamed = self.architecture.family.disk.get(local) or self.architecture.family.disk.get(module)
         if isinstance(renamed, str):
@@ -99,15 +103,15 @@ class Checkpoint:
         """A head stored beside a tied embedding is a repeat when equal; when not, transformers does not tie either."""
         if not self.architecture.sizes.tied:
             return
-        module = next((n for n, p in self.architecture.packed.items() if HEAD in p.canonical), None)
-        if module not in self.folder.headers:
+        packed = self.architecture.packed.values()
+        head, embedding = (next((p for p in packed if n in p.canonical), None) for n in (HEAD, EMBEDDING))
+        repeats = head and self._find(head)
+        if not repeats:
             return
-        embedding = next(n for n, p in self.architecture.packed.items() if EMBEDDING in p.canonical)
-        spelled = next((name for name in self._spellings(embedding) if name in self.folder.headers), None)
-        if spelled is not None:
-            tensors = dict(self.folder.read([module, spelled]))
-            if torch.equal(tensors[module], tensors[spelled]):
-                self.repeated_head = module
+        for table in self._find(embedding) if embedding else ():
+            tensors = dict(self.folder.read([repeats[0].name, table.name]))
+            if torch.equal(tensors[repeats[0].name], tensors[table.name]):
+                self.repeated_head = repeats[0].name
                 return
         layers = None if self.folder.layers is None else self.folder.layers.untied()
         self.architecture = Architecture({**self.architecture.raw, "tie_word_embeddings": False}, layers=layers)
@@ -133,6 +137,17 @@ class Checkpoint:
         known = {p.name for group in self.packed.values() for p in group} | {self.repeated_head}
         return [header for name, header in self.folder.headers.items() if name not in known]
 
+    def rest(self) -> dict[str, Tensor]:
+        """What the stock model takes from the files besides what roles describe: buffers, and parameters of no role."""
+        names = self._on_disk_as_is((*self.architecture.unmapped, *self.architecture.buffers))
+        tensors = dict(self.folder.read(names.values()))
+        return {name: tensors[spelled] for name, spelled in names.items()}
+
+    def _on_disk_as_is(self, names: Iterable[str]) -> dict[str, str]:
+        """Names on disk of tensors of the stock model that the family file does not describe, where they are there."""
+        found = ((name, s) for name in names for s in self._spellings(name) if s in self.folder.headers)
+        return dict(found)
+
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """Data type on disk of every canonical tensor."""
@@ -146,7 +161,9 @@ class Checkpoint:
     @property
     def params(self) -> int:
         """Elements of the tensors that the stock model declares as parameters, shared storage counted once."""
-        return sum(self.folder.headers[p.name].elements for group in self.packed.values() for p in group)
+        described = {p.name for group in self.packed.values() for p in group}
+        names = described.union(self._on_disk_as_is(self.architecture.unmapped).values())
+        return sum(self.folder.headers[name].elements for name in names)
 
     def read(self, place: Block, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Canonical tensors of one place, checked to be finite.

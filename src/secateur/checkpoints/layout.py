@@ -102,7 +102,8 @@ def _shortcuts(source: Checkpoint, target: Architecture, old: int, new: int, ren
     found = []
     for role in target.shortcut_roles:
         packed = next(p for p in target.packed_of(new) if p.canonical == (canonical_name(new, role, "weight"),))
-        beside = next(p for p in source.packed[old] if canonical_name(old, "out", "weight") in p.canonical)
+        writer = canonical_name(old, source.architecture.attention_writer(old), "weight")
+        beside = next(p for p in source.packed[old] if writer in p.canonical)
         header = source.folder.headers[beside.name]
         spelled = _spelled_alike(packed.name, renumber(beside.name) or "", target.family.blocks)
         shape = packed.shape(target.shapes)

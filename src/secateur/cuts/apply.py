@@ -71,7 +71,9 @@ def _rescale(
     class multiplies it by; a tied head is a copy of it, which the weight of the norm before it undoes.
     """
     scale = math.sqrt(plan.after.residual / plan.before.residual)
-    table = scale * source.embedding_gain / target.embedding_gain
+    embedding = tensors.get(EMBEDDING)
+    stored = torch.float32 if embedding is None else embedding.dtype
+    table = scale * source.embedding_gain(stored) / target.embedding_gain(stored)
     offset = source.family.norm_offset
     result = {}
     for name, tensor in tensors.items():

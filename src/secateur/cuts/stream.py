@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, canonical_name
-from secateur.families.roles import NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
+from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
 SHARED = "residual"
 """Name of the one basis that serves every norm."""
@@ -34,7 +34,7 @@ def interfaces(architecture: Architecture) -> list[str]:
     names = [
         f"blocks.{block}.{role}"
         for block in range(len(architecture.sizes.blocks))
-        for role in (["attention_norm"] if architecture.parallel else architecture.norms_on_stream(block))
+        for role in architecture.norms_on_stream(block)
     ]
     return [*names, "stem.final_norm"]
 
@@ -127,7 +127,7 @@ class _Place:
         """Basis in which a role of this place writes the stream: that of the next norm."""
         if self._place is None:
             return self._basis(self._order[0])
-        if role in ("out", "latent_out") and not self._parallel:
+        if role in ATTENTION_WRITERS and not self._parallel:
             return self._basis(f"blocks.{self._place}.ffn_norm")
         last = "attention_norm" if self._parallel else "ffn_norm"
         return self._basis(self._order[self._order.index(f"blocks.{self._place}.{last}") + 1])
@@ -181,7 +181,8 @@ def narrow_stream(
                     raise InternalError("no-bias", f"folding {norm} into {name}", "the stock class has no bias there")
             result[name] = result[name] * (weight + offset)
     like = next(iter(result.values()))
-    gain = source.embedding_gain / target.embedding_gain
+    stored = tensors[canonical_name(None, "embedding", "weight")].dtype if place is None else like.dtype
+    gain = source.embedding_gain(stored) / target.embedding_gain(stored)
     for name, tensor in result.items():
         described = source.tensors[name]
         role, kind = described.role, described.kind
@@ -208,7 +209,7 @@ def narrow_stream(
         result[embedding], result[norm] = table * basis.scale * gain, shared / (basis.scale**2 * gain) - offset
     result = {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
     if target.sizes.shortcuts and place is not None:
-        written = tensors[canonical_name(place, "out", "weight")].dtype
+        written = tensors[canonical_name(place, source.attention_writer(place), "weight")].dtype
         for role in target.shortcut_roles:
             result[canonical_name(place, role, "weight")] = here.shortcut(role).to(written)
     return result

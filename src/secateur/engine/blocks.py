@@ -35,12 +35,25 @@ class BlockRunner:
         architecture: what to build.
         dtype: data type of weights and activations.
         device: where to compute.
+        rest: values of what roles do not describe (``Checkpoint.rest``); zeros where they are not given.
     """
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        rest: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.architecture, self.dtype, self.device = architecture, dtype, device
         resize = layer_record(architecture) if architecture.per_layer else None
         self.model = skeleton_model(architecture.config, dtype, resize)
+        rest = rest or {}
+        for name, shape in architecture.unmapped.items():
+            self._assign(name, rest[name] if name in rest else torch.zeros(shape))
+        for name in set(rest).intersection(architecture.buffers):
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path)._buffers[leaf] = rest[name]  # in its own data type, as transformers keeps it
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
@@ -86,14 +99,15 @@ class BlockRunner:
         calls: list[Call] = []
         hidden: list[Tensor] = []
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
+        def record(*args: Any, **kwargs: Any) -> Any:
             state: Tensor = args[0] if args else kwargs["hidden_states"]
             rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
             hidden.append(state)
             calls.append(Call(args[1:], rest))
             if len(calls) == len(self.blocks):
                 raise _Captured
-            return state
+            # a model that takes the first of what a block returns took the first window of what it was given
+            return (hidden[0],) if state.ndim < hidden[0].ndim else hidden[0]
 
         with self._blocks_replaced(record):
             try:
@@ -119,12 +133,17 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits of the stock model's own final norm and head, given the last block's output."""
-        with self._blocks_replaced(lambda *_, **__: hidden):
-            result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        norm = self.norm_on_stream("final_norm", None)
+        given = norm.register_forward_pre_hook(lambda *_: (hidden,))
+        try:
+            with self._blocks_replaced(lambda *_, **__: (hidden,)):
+                result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        finally:
+            given.remove()
         return result
 
     @contextmanager
-    def _blocks_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+    def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         try:
             for block in self.blocks:
                 block.forward = forward

@@ -116,7 +116,7 @@ class Run:
         prepared.method.sizes(prepared.budget)  # refuses an unreachable target before any sweep
         sweep = SummarySweep(self.checkpoint, prepared.method, self.work, self.journal, self.progress)
         if self.windows is not None:
-            runner = BlockRunner(self.checkpoint.architecture, prepared.dtype, prepared.device)
+            runner = BlockRunner(self.checkpoint.architecture, prepared.dtype, prepared.device, self.checkpoint.rest())
             sweep.from_data(self.windows.ids, runner)
         else:
             sweep.from_weights()

@@ -51,7 +51,7 @@ def verify_output(
             "reload-check", f"sizes {plan.after}", f"the configuration gives {written.architecture.sizes}"
         )
     dtype = _probe_type(written)
-    runner = BlockRunner(written.architecture, dtype, torch.device("cpu"))
+    runner = BlockRunner(written.architecture, dtype, torch.device("cpu"), written.rest())
     runner.load(None, written.read(None))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(plan.after.vocab, (1, min(_TOKENS, context_of(written))), generator=generator)

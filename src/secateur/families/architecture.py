@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from secateur.errors import InternalError, refuse
 from secateur.families.packing import Packed, Shape
-from secateur.families.roles import axes_of
+from secateur.families.roles import ATTENTION_WRITERS, axes_of
 from secateur.families.schema import Entry, Family, holds, load_family
 from secateur.families.sizes import BlockSizes, Expert, Sizes
 from secateur.families.stock import meta_model, stock_config
@@ -81,6 +83,7 @@ class Architecture:
         self.per_layer = layers is not None
         model = meta_model(self.config)
         self.stock_shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+        self.buffers = sorted(set(model.state_dict()) - set(self.stock_shapes))
         self._places = {name: self._place(name) for name in self.stock_shapes}
         self.sizes = layers or self._read_sizes()
         self.tensors: dict[str, CanonicalTensor] = {}
@@ -234,15 +237,24 @@ class Architecture:
         """Roles that are present in one place."""
         return {tensor.role for tensor in self.tensors_of(block)}
 
-    @property
-    def embedding_gain(self) -> float:
-        """What the stock class multiplies token embeddings by, as far as it depends on the width of the stream."""
-        return math.sqrt(self._size("residual")) if self.family.scaled_embedding else 1.0
+    def embedding_gain(self, dtype: torch.dtype) -> float:
+        """What the stock class multiplies token embeddings by, as far as it depends on the width of the stream.
+
+        Args:
+            dtype: the model's, to which the stock class rounds it.
+        """
+        if not self.family.scaled_embedding:
+            return 1.0
+        return float(torch.tensor(math.sqrt(self._size("residual")), dtype=dtype))
 
     @property
     def query_heads(self) -> int:
         """Query heads of a block, the largest number of any."""
         return max((block.kv * block.group for block in self.sizes.blocks), default=0)
+
+    def attention_writer(self, block: Block) -> str:
+        """The role by which the attention of a block writes the stream."""
+        return next(role for role in ATTENTION_WRITERS if role in self.roles_of(block))
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
@@ -255,7 +267,12 @@ class Architecture:
         raise InternalError("no-role", f"module of role {role!r} in {self.family.model_type}", "there is none")
 
     def norms_on_stream(self, block: Block) -> list[str]:
-        """Roles of the norms that read the stream in one block, in the order of the forward pass."""
+        """Roles of the norms that read the stream in one block, in the order of the forward pass.
+
+        Of two that read the same stream side by side, the first.
+        """
+        if self.parallel:
+            return ["attention_norm"]
         return [role for role in ("attention_norm", "ffn_norm") if role in self.roles_of(block)]
 
     @property
@@ -271,7 +288,7 @@ class Architecture:
     def writer_of(self, role: str, block: Block) -> str:
         """The module whose output the stream takes up where a shortcut is."""
         if role == "attention_shortcut":
-            return self.module_of("out", block)
+            return self.module_of(self.attention_writer(block), block)
         for packed in self.packed_of(block):
             written = self.tensors[packed.canonical[0]]
             if written.role == "down" and written.kind == "weight":

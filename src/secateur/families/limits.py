@@ -36,11 +36,13 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
         reasons.append("queries and keys are normalised over all heads together, so without some the others change")
     if attention and "out" not in roles:
         reasons.append("its heads share low-rank queries, keys and values")
-    if kind == "heads" and any(block.kv > 1 for block in sizes.blocks):
+    if kind == "heads" and not reasons and any(block.kv > 1 for block in sizes.blocks):
         reasons.append(
             f"there are {sizes.size('kv')} key/value heads: query heads are a space of their own where one serves all "
             "of them; choose kv"
         )
+    if kind == "kv" and not reasons and all(block.kv == 1 for block in sizes.blocks):
+        reasons.append("one key/value head serves all query heads and stays; choose heads")
     if kind == "residual" and sizes.shortcuts:
         reasons.append("its stream changes bases already; cut the model it was made from instead")
     if kind == "residual" and roles.intersection(BEHIND_A_WRITER):

@@ -148,6 +148,7 @@ def resized_class(stock: Any, record: dict[str, Any]) -> Any:
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     Resized.__name__ = Resized.__qualname__ = stock.__name__
+    Resized.__module__ = stock.__module__  # transformers renames tensors on disk for its own classes only
     return Resized
 
 

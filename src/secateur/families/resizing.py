@@ -54,13 +54,24 @@ def resized(
         made.raw["per_layer_config"] = overrides
         if not accepts(made.raw):  # the stock configuration validates itself with values it says to be ambiguous
             made.raw["allow_global_per_layer_attribute_access"] = True
+        if not accepts(made.raw):  # or holds every layer to what only the whole has to meet
+            for key in PER_LAYER_KEYS:
+                made.raw.pop(key, None)
     return made
 
 
 def _values(block: BlockSizes) -> dict[str, int]:
     """Sizes of one block by their key in a family file."""
-    width = "expert_ffn" if block.experts else "ffn"
-    return {width: block.ffn, "kv": block.kv, "heads": block.kv * block.group, "shared": block.shared}
+    widths = {"expert_ffn": block.ffn, "shared": block.shared} if block.experts else {"ffn": block.ffn}
+    return {**widths, "kv": block.kv, "heads": block.kv * block.group}
+
+
+def _write(raw: dict[str, Any], architecture: Architecture, name: str, value: int) -> None:
+    """Set a key, which the file may know by another name of the stock configuration."""
+    for other, own in architecture.config.attribute_map.items():
+        if own == name:
+            raw.pop(other, None)
+    raw[name] = value
 
 
 def _write_sizes(raw: dict[str, Any], architecture: Architecture, sizes: Sizes) -> None:
@@ -73,9 +84,9 @@ def _write_sizes(raw: dict[str, Any], architecture: Architecture, sizes: Sizes) 
     for key, value in wanted.items():
         name = keys.get(key)
         if isinstance(name, str) and value != current[key]:
-            raw[name] = value
+            _write(raw, architecture, name, value)
     if isinstance(name := keys.get("head"), str):
-        raw[name] = sizes.head
+        _write(raw, architecture, name, sizes.head)
     if "word_embed_proj_dim" in raw and sizes.residual != present.residual:
         raw["word_embed_proj_dim"] = sizes.residual
 
@@ -85,7 +96,7 @@ def _write_depth(raw: dict[str, Any], architecture: Architecture, kept: list[int
     family, depth = architecture.family, len(architecture.sizes.blocks)
     key = family.sizes["blocks"]
     assert isinstance(key, str)
-    raw[key] = len(kept)
+    _write(raw, architecture, key, len(kept))
     for name, value in architecture.config.to_dict().items():
         # lists over the layers, also those the class derives from their indices, follow the survivors
         if isinstance(value, list) and len(value) == depth:
@@ -99,7 +110,10 @@ def _write_depth(raw: dict[str, Any], architecture: Architecture, kept: list[int
 
 
 def _layer_overrides(architecture: Architecture) -> dict[str, dict[str, int]]:
-    """transformers' ``per_layer_config``: the keys of every layer that differ from the configuration."""
+    """transformers' ``per_layer_config``: the keys of every layer that differ from the configuration.
+
+    They only inform: the bundled modelling file goes by its own record.
+    """
     found = {}
     for index, block in enumerate(architecture.sizes.blocks):
         keys = {architecture.family.sizes.get(k): v for k, v in _values(block).items() if v}
@@ -126,8 +140,9 @@ def layer_record(architecture: Architecture) -> dict[str, Any]:
     sizes, family = architecture.sizes, architecture.family
     for block in range(len(sizes.blocks)):
         for module, wanted in family.attributes.items():
-            values = {attribute: sizes.axis(axis, block) for attribute, axis in wanted.items()}
-            attributes[f"{family.blocks}.{block}.{module}"] = values
+            path = f"{family.blocks}.{block}.{module}"
+            if any(name.startswith(path + ".") for name in architecture.stock_shapes):  # not every block has it
+                attributes[path] = {attribute: sizes.axis(axis, block) for attribute, axis in wanted.items()}
         for role in architecture.shortcut_roles if sizes.shortcuts else ():
             norm = "attention_norm" if role == "attention_shortcut" else "ffn_norm"
             shortcuts[architecture.writer_of(role, block)] = {

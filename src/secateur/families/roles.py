@@ -23,7 +23,8 @@ MATRICES: Final[dict[str, tuple[str, ...]]] = {
     "out": ("residual", "heads"),
     "latent_q": ("own", "residual"),  # of attention with low-rank queries, keys and values
     "latent_kv": ("own", "residual"),
-    "latent": ("own", "own"),
+    "latent_q_up": ("own", "own"),
+    "latent_kv_up": ("own", "own"),
     "latent_out": ("residual", "own"),
     "sinks": ("query_heads",),
     "router": ("experts", "residual"),
@@ -48,7 +49,8 @@ NORMS: Final[dict[str, tuple[str, ...]]] = {
     "k_norm_each": ("kv_heads", "head"),
     "q_norm_all": ("heads",),  # one norm over all heads together
     "k_norm_all": ("kv",),
-    "latent_norm": ("own",),
+    "latent_q_norm": ("own",),
+    "latent_kv_norm": ("own",),
 }
 
 TABLES: Final = ("embedding", "positions")
@@ -56,6 +58,9 @@ TABLES: Final = ("embedding", "positions")
 
 BEHIND_A_WRITER: Final = ("embedding_norm", "attention_post_norm", "ffn_post_norm")
 """Norms between a writer and the stream: no map of the stream commutes with them."""
+
+ATTENTION_WRITERS: Final = ("out", "latent_out")
+"""What the attention adds to the stream; a block has one of them."""
 
 OVER_ALL_HEADS: Final = ("q_norm_all", "k_norm_all")
 """Norms whose divisor sums over the heads: without some of the heads it is another."""

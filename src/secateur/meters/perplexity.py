@@ -113,7 +113,7 @@ def _whole(model: torch.nn.Module, batches: tuple[Tensor, ...], device: torch.de
 
 
 def _streamed(checkpoint: Checkpoint, batches: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device) -> float:
-    runner = BlockRunner(checkpoint.architecture, dtype, device)
+    runner = BlockRunner(checkpoint.architecture, dtype, device, checkpoint.rest())
     runner.load(None, checkpoint.read(None))
     captured = [runner.capture(batch) for batch in batches]
     hidden, calls = [state for state, _ in captured], [call for _, call in captured]
