@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any, Final
@@ -17,7 +18,7 @@ from secateur.plans.chart import MAX_SERIES, Chart
 from secateur.reports.words import clean, describe, number
 
 WIDTH, HEIGHT = 560, 320
-FEW_BARS: Final = 6  # that have room for their values
+_FEW_BARS: Final = 6  # that have room for their values
 HINT: Final = "The charts are drawn where matplotlib is installed: pip install 'secateur[plots]'."
 _INK, _RULE, *_SERIES = (f"#0000{i:02x}" for i in range(1, MAX_SERIES + 3))  # stand for the page's colours
 _CSS = {_INK: "currentColor", _RULE: "var(--rule)", **{c: f"var(--c{i})" for i, c in enumerate(_SERIES)}}
@@ -65,7 +66,7 @@ def draw(chart: Chart, identity: str) -> str:
 
 
 def _lines(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator
+    from matplotlib.ticker import LogLocator
 
     xs = [x for points in chart.series.values() for x, _ in points]
     ys = [y for points in chart.series.values() for _, y in points if y > 0 or not chart.logarithmic] or [0.1, 1.0]
@@ -76,7 +77,7 @@ def _lines(axes: Any, chart: Chart) -> None:
         axes.plot(
             *zip(*drawn, strict=True) if drawn else ([], []), label=clean(name), linewidth=2, markersize=5, **look
         )
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(x == int(x) for x in xs)))
+    axes.locator_params(axis="x", nbins=6, integer=_whole(xs))
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     if chart.logarithmic:
         axes.set_yscale("log")
@@ -95,13 +96,14 @@ def _bars(axes: Any, chart: Chart) -> None:
     import numpy as np
 
     order = {x: i for i, x in enumerate(dict.fromkeys(x for points in chart.series.values() for x, _ in points))}
-    count, few = len(chart.series), len(order) * len(chart.series) <= FEW_BARS
+    count, few = len(chart.series), len(order) * len(chart.series) <= _FEW_BARS
     thick = min((0.8 if len(order) < 120 else 1) / count, 0.15 * max(len(order), 2))
     for index, (name, points) in enumerate(chart.series.items()):
         left = np.array([order[x] for x, _ in points]) + (index - count / 2) * thick
         heights = np.array([y for _, y in points])
-        if few:  # where the series are places themselves, each has its own colour
-            colours = [_SERIES[order[x]] for x, _ in points] if count == 1 else _SERIES[index]
+        if few:  # where the places are what is compared, each has its own colour
+            compared = count == 1 and len(chart.labels) > 0
+            colours = [_SERIES[order[x]] for x, _ in points] if compared else _SERIES[index]
             drawn = axes.bar(left, heights, thick, align="edge", color=colours, label=clean(name))
             axes.bar_label(drawn, fmt=number, padding=3)
             axes.margins(y=0.1)
@@ -110,10 +112,15 @@ def _bars(axes: Any, chart: Chart) -> None:
             outline[::2] = heights
             edges = np.stack([left, left + thick], 1).ravel()
             axes.stairs(outline, edges, fill=True, color=_SERIES[index], linewidth=0, label=clean(name))
+    axes.locator_params(axis="y", integer=_whole(y for points in chart.series.values() for _, y in points))
     every = -(-len(order) // 12)
     words = [clean(chart.labels[i]) if i < len(chart.labels) else number(float(f"{x:.3g}")) for x, i in order.items()]
     axes.set_xticks(range(0, len(order), every), words[::every])
     axes.set_xlim(-0.6, len(order) - 0.4)
+
+
+def _whole(values: Iterable[float]) -> bool:
+    return all(value == int(value) for value in values)
 
 
 def _inline(drawing: bytes, identity: str, label: str) -> str:
