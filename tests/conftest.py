@@ -19,6 +19,14 @@ settings.load_profile("secateur")
 torch.set_num_threads(1)
 
 Checkpoints = Callable[..., Path]
+_DRAWING = ("test_reports", "test_demo")
+
+
+@pytest.fixture(autouse=True)
+def _drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a report takes as long as pruning a tiny model: only the tests that look at drawings draw."""
+    if request.module.__name__ not in _DRAWING:
+        monkeypatch.setattr("secateur.reports.html.can_draw", lambda: False)
 
 
 @pytest.fixture(scope="session")

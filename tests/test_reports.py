@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from secateur.plans import Chart, Plan, points_of
 from secateur.reports.document import Charts, Document, Listing, Paragraph, Section, Table
 from secateur.reports.html import render_html
 from secateur.reports.markdown import render_markdown
-from secateur.reports.svg import draw, number, ticks
+from secateur.reports.plots import HEIGHT, HINT, WIDTH, draw
+from secateur.reports.words import number
 
 PAGE = "secateur-report.html"
-_VOID = {"meta", "link", "br", "hr", "img", "input", "line", "rect", "circle", "polyline"}
+_VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 class Reader(HTMLParser):
@@ -78,7 +80,9 @@ def check_page(text: str) -> Reader:
     assert len(ids) == len(set(ids))
     for picture in page.all("svg"):
         assert picture["role"] == "img"
-        assert set((picture["aria-labelledby"] or "").split()) <= set(ids)
+        assert picture["aria-label"]
+    for used in page.all("use"):
+        assert (used["href"] or "").removeprefix("#") in ids
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(cell["scope"] in ("col", "row") for cell in page.all("th"))
     return page
@@ -257,6 +261,7 @@ _EXTREMES: dict[str, dict[str, Any]] = {
     "twelve decades": {"series": {"a": [(0.0, 1e-9), (1.0, 1e3)]}, "logarithmic": True},
     "many bars": {"series": {n: [(float(i), float(i)) for i in range(512)] for n in "ab"}, "kind": "bars"},
     "many lines": {"series": {"a long name of a line " + n: [(0.0, 1.0), (1.0, 2.0)] for n in "abcdefgh"}},
+    "words": {"series": {"$\\frac{$ \u540d\x00\n": [(0.0, 1.0)], "b": [(1.0, 2.0)]}, "mark": (0.0, "$<&")},
 }
 
 
@@ -266,13 +271,41 @@ def test_extremes_are_drawn_inside(name: str) -> None:
     page = Reader(svg)
     assert "nan" not in svg
     assert "inf" not in svg
-    for tag, attributes in page.tags:
-        for key, limit in (("x", 560), ("x1", 560), ("x2", 560), ("cx", 560), ("y", 320), ("y1", 320), ("cy", 320)):
-            if key in attributes:
-                assert -1 <= float(attributes[key] or "nan") <= limit + 1, (tag, attributes)
+    assert "#" not in svg.replace("#i-", "")  # no colour but the page's
+    places = [(a["x"], a["y"]) for _, a in page.tags if "x" in a]
+    drawn = [attributes["d"] or "" for tag, attributes in page.tags if tag == "path" and "id" not in attributes]
+    places += [point for d in drawn for point in re.findall(r"([-\d.]+) ([-\d.]+)", d)]
+    assert places
+    for x, y in places:
+        assert -1 <= float(x or "nan") <= WIDTH + 1, (x, y)
+        assert -1 <= float(y or "nan") <= HEIGHT + 1, (x, y)
 
 
-def test_ticks_are_round() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert ticks(3, 3) == [3]
+def test_drawings_depend_on_nothing_else() -> None:
+    """Not on the caller's settings, which stay, nor on another drawing of the page."""
+    import matplotlib
+
+    chart = Chart("t", "x", "y", {"a": [(0.0, 1.0), (1.0, 3.0)], "b": [(0.0, 2.0)]})
+    before = draw(chart, "i")
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "other", "lines.linewidth": 9}):
+        kept = dict(matplotlib.rcParams)
+        assert draw(chart, "i") == before
+        assert dict(matplotlib.rcParams) == kept
+    page = check_page(render_html(Document("t", "l", [Section("s", [Charts([chart, chart])])])))
+    assert len(page.all("use")) == 2 * 5  # the points and those of the legend
+
+
+def test_without_matplotlib_the_numbers_stand_alone(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    secateur.prune(checkpoint(), method="magnitude", ratio=0.15, output=tmp_path / "out")
+    page = check_page((tmp_path / "out" / PAGE).read_text())
+    assert not page.all("svg")
+    assert page.text.count(HINT) == 1
+    assert "pip install 'secateur[plots]'" in HINT
+    assert len(page.all("figure")) == len([a for a in page.all("details") if "open" in a]) > 2
+
+
+def test_numbers_are_short() -> None:
     assert [number(v) for v in (0, 1234, 56_000, 7_999_744, 0.00012)] == ["0", "1234", "56k", "8M", "0.00012"]

@@ -2,7 +2,7 @@
 
 The page names no other file, and its content security policy forbids what it might; it follows the reader's light or
 dark setting, prints, and is marked up for screen readers (language, headings, header cells, drawings in words with
-their numbers beside them).
+their numbers beside them). Without matplotlib the numbers stand alone, and a line says how to get the drawings.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from secateur.plans import Chart
-from secateur.reports.document import Document, Table
-from secateur.reports.svg import STYLE, draw
+from secateur.reports.document import Charts, Document, Table
+from secateur.reports.plots import HINT, can_draw, draw
+from secateur.reports.words import numbers
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -44,20 +45,8 @@ def render_html(document: Document) -> str:
     def drawing(chart: Chart, identity: str) -> Markup:
         return Markup(draw(chart, identity))  # escapes every word itself
 
-    context: dict[str, Any] = {"table": table, "draw": drawing, "numbers": numbers, "chart_style": Markup(STYLE)}
+    drawn = can_draw()
+    wanted = any(isinstance(part, Charts) for section in document.sections for part in section.parts)
+    context: dict[str, Any] = {"table": table, "draw": drawing if drawn else None, "numbers": numbers}
+    context["hint"] = HINT if wanted and not drawn else ""
     return template.render(document=document, version=__version__, **context) + "\n"
-
-
-def numbers(chart: Chart) -> Table:
-    """The points of a chart as a table, one row per place along x."""
-    places: dict[float, dict[str, float]] = {}
-    for name, points in chart.series.items():
-        for x, y in points:
-            places.setdefault(x, {})[name] = y
-    order = places if chart.kind == "bars" else sorted(places)
-    rows = []
-    for index, x in enumerate(order):
-        first = chart.labels[index] if index < len(chart.labels) else f"{x:.6g}"
-        found = places[x]
-        rows.append([first, *(f"{found[name]:.6g}" if name in found else "-" for name in chart.series)])
-    return Table([chart.x, *chart.series], rows, f"{chart.title}: {chart.y}")

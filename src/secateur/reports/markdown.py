@@ -53,7 +53,7 @@ def render_markdown(document: Document, pictures: str) -> str:
                 named = "; ".join(
                     f"{escape(chart.title)} ({escape(chart.y)} over {escape(chart.x)})" for chart in charts
                 )
-                return f"Drawn in [{pictures}]({pictures}): {named}."
+                return f"Shown in [{pictures}]({pictures}): {named}."
 
     blocks = [f"# {escape(document.title)}", escape(document.lead)]
     for section in document.sections:
