@@ -77,8 +77,8 @@ class Architecture:
 
     def __init__(self, raw: Mapping[str, Any], family: Family | None = None, layers: Sizes | None = None) -> None:
         self.raw = dict(raw)
-        self.config = stock_config(self.raw)
         self.origin = family or load_family(str(raw.get("model_type")))
+        self.config = stock_config(self.raw)
         self.family = self.origin.of(self.config)
         self.per_layer = layers is not None
         model = meta_model(self.config)
