@@ -158,14 +158,14 @@ BAD: dict[str, Bad] = {
     "unknown option": Bad(
         ("'space'", "did you mean spaces"), ("--method", "magnitude", "--ratio", "0.1", "--set", "space=kv")
     ),
-    "bad value": Bad(("spaces='heads'", "ffn"), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=heads")),
+    "bad value": Bad(("spaces='legs'", "ffn"), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=legs")),
     "no key": Bad(("'spaces'", "key=value"), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces")),
     "sparsity range": Bad(("sparsity='2'",), ("--method", "magnitude", "--set", "sparsity=2")),
     "out of reach": Bad(("%", "ffn"), ("--method", "magnitude", "--ratio", "0.9")),
     "out of tolerance": Bad(
         ("tolerance",), ("--method", "magnitude", "--ratio", "0.1", "--set", "spaces=kv", "--tolerance", "0.001")
     ),
-    "layout": Bad(("per-layer",), ("--method", "magnitude", "--ratio", "0.1", "--layout", "per-layer")),
+    "layout": Bad(("per-layer",), ("--method", "magnitude", "--ratio", "0.1", "--set", "allocation=global")),
     "unknown layout": Bad(("layout", "sideways"), ("--method", "magnitude", "--ratio", "0.1", "--layout", "sideways")),
     "device": Bad(("device 'tpu9'",), ("--method", "magnitude", "--ratio", "0.1", "--device", "tpu9")),
     "dtype": Bad(("dtype='int3'",), ("--method", "magnitude", "--ratio", "0.1", "--dtype", "int3")),
