@@ -73,11 +73,12 @@ class Constraint(_Part):
 
 
 class Fixed(_Part):
-    """A size that no layout can change, or only the per-layer one, where ``when`` holds."""
+    """A size that no layout can change, or that only the other layout can, where ``when`` holds."""
 
     size: Kind
     when: When = Field(default_factory=dict)
     native_only: bool = False
+    per_layer_only: bool = False
     why: str
 
 
