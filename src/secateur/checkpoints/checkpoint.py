@@ -93,8 +93,11 @@ class Checkpoint:
             number, _, local = packed.name.removeprefix(prefix).partition(".")
             place = f"{prefix}{number}."
         module, _, kind = local.rpartition(".")
-        renamed = self.architecture.family.disk.get(local) or self.architecture.family.disk.get(module)
-        if isinstance(renamed, str):
+        alone = self.architecture.family.disk.get(local)
+        renamed = alone or self.architecture.family.disk.get(module)
+        if isinstance(alone, str):
+            yield [replace(packed, name=f"{place}{alone}")]
+        elif isinstance(renamed, str):
             yield [replace(packed, name=f"{place}{renamed}.{kind}")]
         elif renamed is not None:
             yield [

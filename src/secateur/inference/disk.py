@@ -37,6 +37,8 @@ def names_on_disk(anatomy: Anatomy, architecture: Architecture) -> dict[str, str
         place = f"{prefix}{number}."
         if whole is not None and whole.startswith(place) and whole.endswith(f".{kind}"):
             found[module] = whole.removeprefix(place).removesuffix(f".{kind}")
+        elif whole is not None and whole.startswith(place):
+            found[local] = whole.removeprefix(place)
         elif whole is None:
             parts = packed.unpack(anatomy.weights[name], architecture.shapes)
             templates = _templates(packed.parts, parts, by_value, place)

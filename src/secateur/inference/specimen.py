@@ -134,7 +134,7 @@ class Specimen:
             seen[id(parameter)] = name
 
     def _find_blocks(self, model: nn.Module) -> str:
-        lists = [
+        lists: list[str] = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
