@@ -52,7 +52,7 @@ UNKNOWN: dict[str, Tiny] = {
         {k: v for k, v in _MHA.items() if k not in ("num_key_value_heads", "head_dim")},
         Where("biogpt.layers", ("biogpt.embed_tokens", "biogpt.embed_positions"), "self_attn.out_proj", "fc2", "fc2"),
     ),
-    "bitnet": Tiny(_GQA),
+    "bitnet": Tiny({**_GQA, "hidden_size": 64}),
     "codegen": Tiny(
         {**_GPT, "rotary_dim": 8}, Where("transformer.h", ("transformer.wte",), "attn.out_proj", "mlp", "mlp.fc_out")
     ),
@@ -140,6 +140,8 @@ def cell(folder: Path, name: str, options: dict[str, Any]) -> tuple[str, str]:
             secateur.prune(folder, output=Path(scratch) / "out", **arguments)
         except RequestError as error:
             return "refused", error.found
+        except Exception as error:  # neither refused nor done
+            return "wrong", f"{type(error).__name__}: {error}"[:200]
         request = make_request({"model": str(folder), **arguments})
         run = Run(prepare(request, partial(open_checkpoint)), Path(scratch) / "plan", Silent())
         return _compare(folder, Path(scratch) / "out", UNKNOWN[name].where, run.plan())
