@@ -21,6 +21,7 @@ from secateur.inference.specimen import UNKNOWN, Raw, Specimen
 
 Table = dict[str, dict[str, Any]]
 _GATE: Final = re.compile(r"gate|w1$|fc_1$|wi_0$|linear$")
+_READERS: Final = frozenset(("q", "k", "v", "gate", "up", "router", "shared_router"))
 _DOWN: Final = re.compile(r"down|w2|out|c_proj|fc2")
 
 
@@ -329,7 +330,7 @@ class _Proposer:
                 return found
         writes = {name for name, other in parent.items() if name != local and same(other.wrote, seen.read)}
         feeds = {name for name, other in parent.items() if name != local and same(other.read, seen.wrote)}
-        inner = {name for name, entry in self.block.items() if entry["roles"] != ["down"]}
+        inner = {name for name, entry in self.block.items() if set(entry["roles"]) & _READERS}
         attends = any(is_attention(name) and (name in inner or _has(name, inner)) for name in feeds)
         others = any(not is_attention(name) and (name in inner or _has(name, inner)) for name in feeds)
         if attends:

@@ -17,7 +17,7 @@ from secateur.families.limits import refusals
 from secateur.inference.attributes import sizes_read
 from secateur.inference.disk import names_on_disk
 from secateur.inference.proposal import Proposal, propose, with_turns
-from secateur.inference.selfcheck import SelfCheck
+from secateur.inference.selfcheck import TOLERANCE, SelfCheck, difference
 from secateur.inference.specimen import UNKNOWN, Specimen
 
 
@@ -64,7 +64,7 @@ def confirm(raw: Mapping[str, Any], family: Family) -> Inferred:
     """A family that somebody wrote for a configuration, with only the spaces that passed the self-check."""
     specimen = Specimen(raw)
     proposal = propose(specimen)
-    return _judge(dict(raw), family, _trial(proposal, family), {}, written=True)
+    return _judge(dict(raw), proposal, family, {}, written=True)
 
 
 @lru_cache(maxsize=16)
@@ -80,7 +80,7 @@ def _infer(text: str) -> Inferred:
         "constraints": _constraints(check),
     }
     family = _family({**family.model_dump(), **found})
-    return _judge(raw, family, _trial(proposal, family), proposal.notes)
+    return _judge(raw, proposal, family, proposal.notes)
 
 
 def _constraints(check: SelfCheck) -> list[dict[str, Any]]:
@@ -129,11 +129,14 @@ def _settle_turns(proposal: Proposal) -> Family:
 
 
 def _judge(
-    raw: dict[str, Any], family: Family, check: SelfCheck, notes: Mapping[str, str], written: bool = False
+    raw: dict[str, Any], proposal: Proposal, family: Family, notes: Mapping[str, str], written: bool = False
 ) -> Inferred:
     """The family with a ``fixed`` rule for every kind of space that does not hold."""
+    check, reference = _trial(proposal, family), proposal.anatomy.logits
     asked = f"architecture {family.model_type!r}"
     trouble = check.replay()
+    if not difference(reference, check.logits) < TOLERANCE:
+        trouble = "put together again from its parts it gives other logits"
     if trouble is not None:
         refuse(UNKNOWN, asked, trouble)
     fixed = [rule.model_dump() for rule in family.fixed]
