@@ -57,7 +57,15 @@ UNKNOWN: dict[str, Tiny] = {
         {**_GPT, "rotary_dim": 8}, Where("transformer.h", ("transformer.wte",), "attn.out_proj", "mlp", "mlp.fc_out")
     ),
     "cohere2": Tiny({**_GQA, "sliding_window": 4, "num_hidden_layers": 4}),
-    "dbrx": Tiny({"attn_config": {"rope_theta": 1e4}}),
+    "dbrx": Tiny(
+        {
+            "d_model": 48,
+            "n_heads": 4,
+            "n_layers": 3,
+            "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        }
+    ),
     "diffllama": Tiny(_GQA),
     "doge": Tiny({**_GQA, "num_hidden_layers": 3}),
     "dots1": Tiny(
@@ -71,7 +79,7 @@ UNKNOWN: dict[str, Tiny] = {
             "n_group": 1,
             "topk_group": 1,
         },
-        Where(experts="mlp.experts"),
+        Where(experts="mlp.experts", shared_reader="mlp.shared_experts.down_proj"),
     ),
     "ernie4_5": Tiny(_GQA),
     "exaone4": Tiny({**_GQA, "num_hidden_layers": 4, "sliding_window": 4}),
@@ -93,7 +101,7 @@ UNKNOWN: dict[str, Tiny] = {
         {**_GPT, "rotary_dim": 8}, Where("transformer.h", ("transformer.wte",), "attn.out_proj", "mlp", "mlp.fc_out")
     ),
     "granitemoe": Tiny(_EXPERTS, Where(ffn_out="block_sparse_moe", experts="block_sparse_moe.experts")),
-    "helium": Tiny(_GQA),
+    "helium": Tiny({**_GQA, "hidden_size": 64}),
     "hunyuan_v1_dense": Tiny(_GQA),
     "jamba": Tiny({**_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "lfm2": Tiny({**_GQA, "layer_types": ["conv", "full_attention", "conv"]}),

@@ -350,7 +350,7 @@ class _Proposer:
             source = next((n for n, entry in self.block.items() if entry["roles"] == [role]), None)
             named = re.search(rf"(^|_){role}|{'query' if role == 'q' else 'key'}", local.rpartition(".")[2])
             reads = source is not None and source in parent and _reordered(parent[source].wrote, seen.read)
-            if reads or (source is None and named):
+            if reads or named:
                 shape = self.measures.in_blocks.get(f"{local}.weight", ())
                 if len(shape) == 2:
                     return f"{role}_norm_each"

@@ -142,6 +142,8 @@ class SelfCheck:
     def _cut_differs(self, kind: Kind, layout: Layout) -> str | None:
         for plan in self._plans(kind, layout):
             target = resized(self.architecture, plan.after, plan.blocks if kind == "blocks" else None, layout)
+            if not self._alike(plan, target):
+                return "which blocks have experts follows from their number, in a way that is not known"
             if target.sizes != plan.after:
                 return "the configuration cannot hold the size"
             expected = self._masked(plan)
@@ -152,6 +154,13 @@ class SelfCheck:
             if not error < TOLERANCE:
                 return f"the model with units silenced and the cut one differ (by {error:.1g})"
         return None
+
+    def _alike(self, plan: Plan, target: Architecture) -> bool:
+        """Whether the stock class builds every surviving block of the sort it was."""
+        if "blocks" not in plan.kept:
+            return True
+        sizes = self.architecture.sizes.blocks
+        return [sizes[old] for old in plan.blocks] == list(target.sizes.blocks)
 
     def _admitted(self, kind: Kind, layout: Layout, base: Sizes) -> Sizes:
         """The sizes with the fewest units gone that the layout admits."""

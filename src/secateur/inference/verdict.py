@@ -79,8 +79,24 @@ def _infer(text: str) -> Inferred:
         "disk": names_on_disk(proposal.anatomy, check.architecture),
         "constraints": _constraints(check),
     }
-    family = _family({**family.model_dump(), **found})
+    family = _dense_blocks(proposal, _family({**family.model_dump(), **found}))
     return _judge(raw, proposal, family, proposal.notes)
+
+
+def _dense_blocks(proposal: Proposal, family: Family) -> Family:
+    """How the configuration says which blocks have no experts: the first way that survives a depth cut."""
+    check = _trial(proposal, family)
+    if len({bool(block.experts) for block in check.architecture.sizes.blocks}) < 2:
+        return family
+    counts = [key for key, value in proposal.small.items() if type(value) is int]
+    lists = [key for key, value in proposal.small.items() if isinstance(value, list)]
+    ways = [{"first": key} for key in counts if "dense" in key]
+    ways += [{"listed": key, "step": step} for key in lists if "layer" in key for step in counts if "step" in step]
+    for way in ways:
+        tried = _family({**family.model_dump(), "dense_blocks": way})
+        if _trial(proposal, tried).trouble("blocks", "native") is None:
+            return tried
+    return family
 
 
 def _constraints(check: SelfCheck) -> list[dict[str, Any]]:
