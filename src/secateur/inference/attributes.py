@@ -97,11 +97,11 @@ def _has(block: nn.Module, local: str) -> bool:
 
 def _value(module: Any, name: str) -> Any:
     for part in name.split("."):
-        module = getattr(module, part)
+        module = getattr(module, part, None)  # blocks of another sort may not have it
     return module
 
 
-def _axis(one: int, two: int, here: Sizes, there: Sizes, block: int) -> str | None:
-    if one == two:
+def _axis(one: int | None, two: int | None, here: Sizes, there: Sizes, block: int) -> str | None:
+    if one == two or one is None:
         return None
     return next((axis for axis in _AXES if (one, two) == (here.axis(axis, block), there.axis(axis, block))), None)

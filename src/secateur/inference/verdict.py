@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from secateur.errors import RequestError, refuse
+from secateur.errors import RequestError, SecateurError, refuse
 from secateur.families import LAYOUTS, Architecture, Family, Kind
 from secateur.families.limits import refusals
 from secateur.inference.attributes import sizes_read
@@ -70,6 +70,16 @@ def confirm(raw: Mapping[str, Any], family: Family) -> Inferred:
 @lru_cache(maxsize=16)
 def _infer(text: str) -> Inferred:
     raw = json.loads(text)
+    try:
+        return _from_scratch(raw)
+    except SecateurError:
+        raise
+    except Exception as error:  # stock classes differ in ways nobody foresees
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        refuse(UNKNOWN, f"architecture {raw.get('model_type')!r}", f"its class is not understood ({reason})")
+
+
+def _from_scratch(raw: dict[str, Any]) -> Inferred:
     proposal = propose(Specimen(raw))
     family = _settle_turns(proposal)
     read = sizes_read(proposal.anatomy, family, proposal.other)
