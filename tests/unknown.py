@@ -182,6 +182,10 @@ def row(name: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+def _brief(why: str, length: int = 170) -> str:
+    return why if len(why) <= length else f"{why[:length]} ..."
+
+
 def main(names: list[str]) -> None:
     """Try the types named (all by default) and rewrite the table."""
     rows, counts = [], dict.fromkeys(("right", "refused", "wrong"), 0)
@@ -190,7 +194,7 @@ def main(names: list[str]) -> None:
         found = row(name)
         for kind, (state, why) in found.items():
             counts[state] += 1
-            rows.append([name, kind, state, why if state != "right" else ""])
+            rows.append([name, kind, state, _brief(why) if state != "right" else ""])
             print(name, kind, state, why, flush=True)
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)
     print(counts)

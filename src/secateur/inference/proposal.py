@@ -346,11 +346,11 @@ class _Proposer:
     def _head_norm(self, prefix: str, local: str, parent: dict[str, Any]) -> str | None:
         """A norm of queries or keys, by what it reads."""
         seen = self.anatomy.seen[prefix + local]
-        for role in ("q", "k"):
+        for role in ("q", "k") if "q" in self._roles() else ():
             source = next((n for n, entry in self.block.items() if entry["roles"] == [role]), None)
             named = re.search(rf"(^|_){role}|{'query' if role == 'q' else 'key'}", local.rpartition(".")[2])
             reads = source is not None and source in parent and _reordered(parent[source].wrote, seen.read)
-            if reads or named:
+            if reads or (named and seen.read.shape[-1] == self.measures.head):
                 shape = self.measures.in_blocks.get(f"{local}.weight", ())
                 if len(shape) == 2:
                     return f"{role}_norm_each"

@@ -151,6 +151,9 @@ def _settle_turns(proposal: Proposal) -> Family:
             else:
                 continue
             break
+        else:
+            if of_kind:
+                proposal.notes.setdefault(kind, "in no order of its fused rows can its units be permuted")
     return plain
 
 
