@@ -25,7 +25,6 @@ from secateur.engine.request import make_request
 from secateur.engine.run import Run
 from secateur.errors import RequestError
 from secateur.inference import open_checkpoint
-from secateur.inference.precise import Precise
 from secateur.plans import Plan
 from secateur.reports.documentation import regenerate
 from secateur.reports.markdown import table
@@ -106,7 +105,10 @@ UNKNOWN: dict[str, Tiny] = {
     "jamba": Tiny({**_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "lfm2": Tiny({**_GQA, "layer_types": ["conv", "full_attention", "conv"]}),
     "mamba": Tiny({"hidden_size": 48, "num_hidden_layers": 3}),
-    "minimax": Tiny({**_EXPERTS, "layer_types": ["linear_attention", "full_attention", "full_attention"]}),
+    "minimax": Tiny(
+        {**_EXPERTS, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
+        Where(experts="mlp.experts"),
+    ),
     "mpt": Tiny({"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT}),
     "nemotron": Tiny(_GQA),
     "olmo": Tiny(_GQA),
@@ -155,14 +157,15 @@ def cell(folder: Path, name: str, options: dict[str, Any]) -> tuple[str, str]:
         return _compare(folder, Path(scratch) / "out", UNKNOWN[name].where, run.plan())
 
 
-def _compare(model: Path, output: Path, where: Where, plan: Plan) -> tuple[str, str]:
+def _compare(folder: Path, output: Path, where: Where, plan: Plan) -> tuple[str, str]:
     ids = models.token_ids()
-    dense, cut = (models.load(f, dtype=torch.float64, experts_implementation="eager") for f in (model, output))
-    with Precise():
-        untouched = masking.logits(dense, ids)
-        expected = masking.logits(masking.mask(dense, where, plan), ids)
-        error = masking.difference(expected, masking.logits(cut, ids))
-        moved = masking.difference(untouched, expected)
+    dense, cut = (models.load(f, dtype=torch.float64, experts_implementation="eager") for f in (folder, output))
+    for model in (dense, cut):
+        masking.swap_precise_parts(model)
+    untouched = masking.logits(dense, ids)
+    expected = masking.logits(masking.mask(dense, where, plan), ids)
+    error = masking.difference(expected, masking.logits(cut, ids))
+    moved = masking.difference(untouched, expected)
     if moved < 1e-6:
         return "wrong", "the mask changes nothing, so nothing is proven"
     return ("right", f"{error:.0e}") if error < EXACT else ("wrong", f"differs by {error:.1e}")
