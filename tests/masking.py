@@ -53,7 +53,7 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
         if name == "blocks":
             for index, block in enumerate(blocks):
                 if index not in kept.tolist():
-                    block.forward = _Identity(model)
+                    block.register_forward_hook(_pass_by, with_kwargs=True)
             continue
         if name == "residual":
             project_stream(model, where, torch.eye(plan.before.residual, dtype=torch.float64)[:, kept])
@@ -163,14 +163,10 @@ def _others(kept: Tensor, size: int) -> list[int]:
     return sorted(set(range(size)) - set(kept.tolist()))
 
 
-class _Identity:
-    """A block that leaves the stream as it is; some stock models want a tuple of it."""
-
-    def __init__(self, model: Any) -> None:
-        self.tuple = type(model).__name__.startswith(("Falcon", "Bloom"))
-
-    def __call__(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, None) if self.tuple else hidden_states
+def _pass_by(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """A block that leaves the stream as it is."""
+    stream = args[0] if args else kwargs["hidden_states"]
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
 def _zero_inputs(module: nn.Module, gone: list[int]) -> None:

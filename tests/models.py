@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import secateur
 from secateur.families.stock import quiet_transformers
 from zoo import ALL as ALL
-from zoo import COMMON, CONTEXT, VOCABULARY
+from zoo import COMMON, CONTEXT, VOCABULARY, Tiny
 from zoo import FAMILIES as FAMILIES
 from zoo import Where as Where
 
@@ -62,10 +62,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def stock(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+def stock(name: str | Tiny, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A stock model with random weights, in which no bias is zero and no norm weight one."""
-    tiny = ALL[name]
-    config = AutoConfig.for_model(tiny.model_type or name, **{**COMMON, **tiny.config, **changes})
+    tiny = name if isinstance(name, Tiny) else ALL[name]
+    config = AutoConfig.for_model(tiny.model_type or str(name), **{**COMMON, **tiny.config, **changes})
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ Edit = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 def save(
     folder: Path,
-    name: str = "llama",
+    name: str | Tiny = "llama",
     dtype: torch.dtype = torch.float32,
     *,
     edit: Edit | None = None,
@@ -101,7 +101,7 @@ def save(
 
     Args:
         folder: where.
-        name: of ``ALL``.
+        name: of ``ALL``, or what is made.
         edit: changes the tensors of the file afterwards.
         shard: size of a shard.
         changes: of the configuration.

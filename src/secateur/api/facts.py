@@ -8,18 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from secateur.checkpoints import Checkpoint, Folder
+from secateur.checkpoints import Folder
 from secateur.checkpoints.hub import locate
 from secateur.engine.prepare import (
     context_of,
     costs_of,
     resolve_device,
 )
+from secateur.engine.progress import Progress, Silent
 from secateur.errors import refuse
-from secateur.families import LAYOUTS, Architecture, Kind, Layout, family_names
+from secateur.families import LAYOUTS, Architecture, Family, Kind, Layout, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
 from secateur.families.stock import example_config, load_pretrained
+from secateur.inference import family_text, inferred, open_checkpoint
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
 from secateur.meters.tasks import Tasks
@@ -36,6 +38,7 @@ def evaluate(
     tasks: str | Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a checkpoint, alone or beside another in the same run.
 
@@ -46,6 +49,7 @@ def evaluate(
         context: tokens of a perplexity window.
         against: another checkpoint; adds ``against`` (its figures) and ``ratio`` (model / against).
         tasks: names of lm-eval tasks, YAML files of tasks, folders of them (extra ``eval``); adds ``tasks``.
+        progress: told when an architecture has no family file.
 
     Raises:
         RequestError: no such model, text or task, or one that cannot be read.
@@ -58,7 +62,8 @@ def evaluate(
     for name in texts:
         if not Path(name).is_file():
             refuse("no-text", f"text {name!r}", "there is no such file")
-    checkpoints = [Checkpoint.open(Path(locate(name))) for name in names]
+    note = (progress or Silent()).note
+    checkpoints = [open_checkpoint(Path(locate(name)), note) for name in names]
     figures = evaluate_models(checkpoints, texts, context, dtype, where, Tasks(wanted) if wanted else None)
     result: dict[str, Any] = dict(figures[0])
     if against is not None:
@@ -87,9 +92,21 @@ def _verdict(architecture: Architecture, kind: Kind, layout: Layout) -> str:
     return f"{state} ({why})" if why else state
 
 
-def inspect(model: str | Path) -> dict[str, Any]:
-    """Sizes, spaces and costs of a checkpoint, from its headers."""
-    checkpoint = Checkpoint.open(Path(locate(str(model))))
+def inspect(
+    model: str | Path, *, write_family: str | Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Sizes, spaces and costs of a checkpoint, from its headers.
+
+    Args:
+        model: checkpoint folder or hub id.
+        write_family: file to write the family to, most often of an architecture that had no file.
+        progress: told when an architecture has no family file.
+    """
+    path = Path(locate(str(model)))
+    checkpoint = open_checkpoint(path, (progress or Silent()).note)
+    found = inferred(checkpoint.folder)
+    if write_family is not None:
+        _write_family(Path(write_family), checkpoint.architecture.origin)
     architecture, costs = checkpoint.architecture, costs_of(checkpoint)
     sizes = architecture.sizes
     spaces = {}
@@ -114,7 +131,16 @@ def inspect(model: str | Path) -> dict[str, Any]:
         "context": context_of(checkpoint),
         "passthrough": [header.name for header in checkpoint.passthrough],
         "spaces": spaces,
+        "family": "known" if found is None else "beside the model" if found.written else "inferred",
+        **({} if found is None else {"verified": list(found.verified), "refused": dict(found.refused)}),
+        **({} if write_family is None else {"family_file": str(write_family)}),
     }
+
+
+def _write_family(path: Path, family: Family) -> None:
+    if path.exists():
+        refuse("output-exists", f"family file {str(path)!r}", "it exists already", "choose another name")
+    path.write_text(family_text(family), encoding="utf-8")
 
 
 def load(path: str | Path, **options: Any) -> nn.Module:

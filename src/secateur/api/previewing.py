@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.api.outputs import require_output, require_text
-from secateur.checkpoints import Checkpoint, Folder
+from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
 from secateur.engine.prepare import (
     LONGEST_WINDOW,
@@ -19,14 +19,22 @@ from secateur.engine.prepare import (
     require_target,
     resolve_device,
 )
+from secateur.engine.progress import Progress, Silent
 from secateur.engine.request import PruneRequest, make_request
 from secateur.errors import RequestError, SecateurError
 from secateur.families.loading import loads_in
+from secateur.inference import read_checkpoint
 from secateur.methods.base import Method, worth
 from secateur.spaces import KINDS
 
 
-def preview(model: str | Path | None = None, *, recipe: str | Path | None = None, **options: Any) -> dict[str, Any]:
+def preview(
+    model: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """What ``prune`` with the same arguments would do; reads headers only and lists every problem at once.
 
     Returns:
@@ -63,7 +71,7 @@ def preview(model: str | Path | None = None, *, recipe: str | Path | None = None
             problems.append(RequestError("no-data", f"data {request.data!r}", "there is no such file or folder"))
     if name is not None:
         with collecting():
-            checkpoint = Checkpoint(Folder(Path(locate(name))))
+            checkpoint = read_checkpoint(Path(locate(name)), (progress or Silent()).note)
             problems.extend(checkpoint.problems)
     if request is not None and method is not None and checkpoint is not None and not checkpoint.problems:
         with collecting():

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import Run, requested
+from secateur.inference import open_checkpoint
 from secateur.meters.counts import count_parts
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
@@ -118,7 +120,7 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool = True)
     output = require_output(request, "a prune")
     require_text(request)
     with MemoryWatch() as memory:
-        prepared = prepare(request)
+        prepared = prepare(request, partial(open_checkpoint, note=progress.note))
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
         with workplace(output, [prepared.checkpoint]):
@@ -160,7 +162,7 @@ def _cut(
     plan = run.plan()
     text = _text(prepared)
     record = run.write(plan)
-    result = Checkpoint.open(run.result)
+    result = Checkpoint.open(run.result, prepared.checkpoint.architecture.origin)
     achieved = achieved_of(prepared.checkpoint, result)
     figures = None if text is None else _perplexities(prepared, result, text, progress)
     speed = _speeds(prepared, result) if text is not None else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import WEIGHT_DTYPES, Folder, TensorHeader
 from secateur.errors import RequestError, refuse
-from secateur.families import Architecture, Block, Packed, canonical_name
+from secateur.families import Architecture, Block, Family, Packed, canonical_name
 
 HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
@@ -24,6 +24,10 @@ EMBEDDING = canonical_name(None, "embedding", "weight")
 
 class Checkpoint:
     """A folder read through its architecture.
+
+    Args:
+        folder: its files.
+        family: of its architecture; looked up from ``model_type`` when omitted.
 
     Attributes:
         packed: packed tensors on disk of every place, with their names there.
@@ -34,9 +38,9 @@ class Checkpoint:
         RequestError: the files do not hold what ``config.json`` describes; every problem is in ``problems`` first.
     """
 
-    def __init__(self, folder: Folder, architecture: Architecture | None = None) -> None:
+    def __init__(self, folder: Folder, family: Family | None = None) -> None:
         self.folder = folder
-        self.architecture = architecture or Architecture(folder.config, layers=folder.layers)
+        self.architecture = Architecture(folder.config, family, folder.layers)
         self.packed: dict[Block, list[Packed]] = {}
         self.repeated_head: str | None = None
         self.problems: list[RequestError] = []
@@ -48,9 +52,9 @@ class Checkpoint:
         self._check_shapes()
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, family: Family | None = None) -> Checkpoint:
         """Open a folder and refuse it unless every tensor is there as described."""
-        checkpoint = cls(Folder(path))
+        checkpoint = cls(Folder(path), family)
         if checkpoint.problems:
             raise checkpoint.problems[0]
         return checkpoint
@@ -89,8 +93,11 @@ class Checkpoint:
             number, _, local = packed.name.removeprefix(prefix).partition(".")
             place = f"{prefix}{number}."
         module, _, kind = local.rpartition(".")
-        renamed = self.architecture.family.disk.get(local) or self.architecture.family.disk.get(module)
-        if isinstance(renamed, str):
+        alone = self.architecture.family.disk.get(local)
+        renamed = alone or self.architecture.family.disk.get(module)
+        if isinstance(alone, str):
+            yield [replace(packed, name=f"{place}{alone}")]
+        elif isinstance(renamed, str):
             yield [replace(packed, name=f"{place}{renamed}.{kind}")]
         elif renamed is not None:
             yield [
@@ -114,7 +121,8 @@ class Checkpoint:
                 self.repeated_head = repeats[0].name
                 return
         layers = None if self.folder.layers is None else self.folder.layers.untied()
-        self.architecture = Architecture({**self.architecture.raw, "tie_word_embeddings": False}, layers=layers)
+        untied = {**self.architecture.raw, "tie_word_embeddings": False}
+        self.architecture = Architecture(untied, self.architecture.origin, layers)
 
     def _check_shapes(self) -> None:
         shapes = self.architecture.shapes

@@ -221,6 +221,8 @@ def show_inspect(result: dict[str, Any]) -> None:
         cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
         table.add_row(kind, *cells, facts["native"], facts["per-layer"])
     _out.print(table)
+    if "family_file" in result:
+        _out.print(f"family file: {result['family_file']}", highlight=False)
 
 
 def show_demo(result: dict[str, Any]) -> None:

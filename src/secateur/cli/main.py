@@ -180,9 +180,10 @@ def preview(model: str | None, as_json: bool, **values: Any) -> None:
     """Show what prune would do, from headers only, and every problem at once."""
     values = _request(values)
     from secateur import api
-    from secateur.cli.console import show_preview
+    from secateur.cli.console import ConsoleProgress, show_preview
 
-    result = api.preview(model, **values)
+    with ConsoleProgress() as progress:
+        result = api.preview(model, progress=progress, **values)
     problems = result["problems"]
     if problems and as_json:
         _print_json({**result, "error": problems[0]})
@@ -209,17 +210,19 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity, parameters, bytes, FLOPs, speed."""
     from secateur import api
-    from secateur.cli.console import show_evaluate
+    from secateur.cli.console import ConsoleProgress, show_evaluate
 
-    result = api.evaluate(
-        model,
-        text=text or (),
-        context=context,
-        against=against,
-        tasks=[name for name in (tasks or "").split(",") if name],
-        device=device or "auto",
-        dtype=dtype or "auto",
-    )
+    with ConsoleProgress() as progress:
+        result = api.evaluate(
+            model,
+            text=text or (),
+            context=context,
+            against=against,
+            tasks=[name for name in (tasks or "").split(",") if name],
+            device=device or "auto",
+            dtype=dtype or "auto",
+            progress=progress,
+        )
     _show(result, as_json, show_evaluate)
 
 
@@ -272,12 +275,20 @@ def families(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def inspect(model: ModelArg, as_json: JsonOption = False) -> None:
+def inspect(
+    model: ModelArg,
+    write_family: Annotated[
+        str | None, typer.Option("--write-family", metavar="FILE", help="write the family file that describes MODEL")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show the sizes of MODEL, its spaces and what each costs."""
     from secateur import api
-    from secateur.cli.console import show_inspect
+    from secateur.cli.console import ConsoleProgress, show_inspect
 
-    _show(api.inspect(model), as_json, show_inspect)
+    with ConsoleProgress() as progress:
+        result = api.inspect(model, write_family=write_family, progress=progress)
+    _show(result, as_json, show_inspect)
 
 
 @app.command()

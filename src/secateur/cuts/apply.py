@@ -38,7 +38,7 @@ def cut_place(
     result = dict(tensors)
     if place is None and source.sizes.tied and not plan.after.tied:
         result[HEAD] = result[EMBEDDING]
-    result = {name: _select(source, name, tensor, plan) for name, tensor in result.items()}
+    result = {name: select(source, name, tensor, plan.kept) for name, tensor in result.items()}
     if plan.bases:
         return narrow_stream(source, target, place, result, plan.bases)
     if "residual" in plan.kept:
@@ -46,13 +46,19 @@ def cut_place(
     return result
 
 
-def _select(architecture: Architecture, name: str, tensor: Tensor, plan: Plan) -> Tensor:
+def select(architecture: Architecture, name: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+    """A canonical tensor with only some units of the spaces that run through it, in the order given.
+
+    Args:
+        kept: indices of units by space name; other spaces stay whole.
+    """
     described = architecture.tensors[name]
     for dimension, axis in enumerate(described.axes):
         for kind in KINDS_OF_AXIS.get(axis, ()):
-            kept = plan.kept.get(space_name(kind, described))
-            if kept is not None:
-                tensor = select_units(tensor, dimension, kept, plan.before.span(axis, kind, described.block))
+            units = kept.get(space_name(kind, described))
+            if units is not None:
+                span = architecture.sizes.span(axis, kind, described.block)
+                tensor = select_units(tensor, dimension, units, span)
     return tensor
 
 

@@ -58,6 +58,7 @@ class BlockRunner:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)
         self.blocks: nn.ModuleList = self.model.get_submodule(architecture.family.blocks)
+        self._in_tuples = False  # whether the model takes the first of what a block returns, once captured
 
     def load(self, place: Block, tensors: Mapping[str, Tensor]) -> None:
         """Give the modules of a place their canonical tensors, converted to the compute type."""
@@ -107,7 +108,8 @@ class BlockRunner:
             if len(calls) == len(self.blocks):
                 raise _Captured
             # a model that takes the first of what a block returns took the first window of what it was given
-            return (hidden[0],) if state.ndim < hidden[0].ndim else hidden[0]
+            self._in_tuples |= state.ndim < hidden[0].ndim
+            return (hidden[0],) if self._in_tuples else hidden[0]
 
         with self._blocks_replaced(record):
             try:
@@ -133,13 +135,19 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits of the stock model's own final norm and head, given the last block's output."""
+        if "final_norm" not in self.architecture.roles_of(None):  # one without weights has no role
+            with self._blocks_replaced(lambda *_, **__: (hidden,) if self._in_tuples else hidden):
+                return self._whole(ids)
         norm = self.norm_on_stream("final_norm", None)
         given = norm.register_forward_pre_hook(lambda *_: (hidden,))
         try:
             with self._blocks_replaced(lambda *_, **__: (hidden,)):
-                result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+                return self._whole(ids)
         finally:
             given.remove()
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return result
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +124,11 @@ def budget_for(request: PruneRequest, checkpoint: Checkpoint, device: torch.devi
     )
 
 
-def prepare(request: PruneRequest) -> Prepared:
+def prepare(request: PruneRequest, opener: Callable[[Path], Checkpoint] = Checkpoint.open) -> Prepared:
     """Resolve a request.
+
+    Args:
+        opener: opens a checkpoint's folder; one that knows more architectures than have a family file may stand here.
 
     Raises:
         RequestError: the first thing at fault.
@@ -132,7 +136,7 @@ def prepare(request: PruneRequest) -> Prepared:
     method = choose_method(request)
     require_target(request, method)
     device = resolve_device(request.device)
-    checkpoint = Checkpoint.open(Path(locate(request.model)))
+    checkpoint = opener(Path(locate(request.model)))
     require_layout(request, checkpoint)
     budget = budget_for(request, checkpoint, device)
     return Prepared(request, checkpoint, method, budget, device, resolve_dtype(request.dtype, checkpoint, device))

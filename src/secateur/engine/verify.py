@@ -42,7 +42,7 @@ def verify_output(
     for name, digest in writer.digests().items():
         if digest != digests.get(name):
             raise InternalError("reload-check", f"hash of {name}", "the file does not hold what was written")
-    written = Checkpoint(Folder(folder))
+    written = Checkpoint(Folder(folder), source.architecture.origin)
     if written.problems:
         problem = written.problems[0]
         raise InternalError("reload-check", problem.asked, problem.found)

@@ -182,6 +182,9 @@ class Architecture:
                 CanonicalTensor(canonical_name(block, role, kind, expert), role, kind, block, expert, fixed)
                 for role in entry.roles
             ]
+            twice = next((tensor.name for tensor in group if tensor.name in self.tensors), None)
+            if twice is not None:
+                refuse("family-mismatch", f"{self.family.model_type}: parameter {name}", f"it is a second {twice}")
             self.tensors.update({tensor.name: tensor for tensor in group})
             parts.append(tuple(tensor.name for tensor in group))
         turn = {None: None, "kv": (1, self.sizes.head), "ffn": (0, 1)}[entry.turns]

@@ -20,7 +20,9 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
     reasons = [
         rule.why
         for rule in family.fixed
-        if rule.size == kind and holds(rule.when, architecture.config) and (layout == "native" or not rule.native_only)
+        if rule.size == kind
+        and holds(rule.when, architecture.config)
+        and not (rule.per_layer_only if layout == "native" else rule.native_only)
     ]
     attention = kind in ("kv", "heads")
     if (attention or kind == "residual") and layout == "native" and "head" not in family.sizes:

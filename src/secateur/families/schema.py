@@ -73,11 +73,12 @@ class Constraint(_Part):
 
 
 class Fixed(_Part):
-    """A size that no layout can change, or only the per-layer one, where ``when`` holds."""
+    """A size that no layout can change, or that only the other layout can, where ``when`` holds."""
 
     size: Kind
     when: When = Field(default_factory=dict)
     native_only: bool = False
+    per_layer_only: bool = False
     why: str
 
 
@@ -113,7 +114,7 @@ class Family(_Part):
         parallel: when attention and FFN of a block read the same stream and add to it together (``{}``: always).
         transposed: whether the blocks' matrices are stored [in, out].
         stem, block: what each module holds.
-        disk: names on disk that differ from the module's.
+        disk: names on disk that differ, of a module or of one parameter, or of the pieces of one for every expert.
         sizes: configuration key of each size (``blocks``, ``residual``, ``ffn``, ``expert_ffn``, ``shared``, ``kv``,
             ``heads``, ``head``, ``experts``, ``active_experts``), or the number itself. Without ``head``, the head
             size is tied to the stream's width.
