@@ -49,7 +49,7 @@ def resized(
     for key in PER_LAYER_KEYS:
         raw.pop(key, None)
     made = Architecture(raw, architecture.origin, sizes)
-    made.raw |= {"auto_map": {**raw.get("auto_map", {}), **AUTO_MAP}}
+    made.raw["auto_map"] = dict(AUTO_MAP)  # code of the source's own, if any, knows nothing of these layers
     if overrides := _layer_overrides(made):
         made.raw["per_layer_config"] = overrides
         if not accepts(made.raw):  # the stock configuration validates itself with values it says to be ambiguous
