@@ -11,12 +11,15 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from secateur.errors import RequestError, near, refuse
+from secateur.errors import InternalError, RequestError, near, refuse
 from secateur.families import Architecture, Packed, Sizes
+from secateur.families.roles import MATRICES, TABLES
 from secateur.training.options import Training
 
-_ADAPTED: Final = ("q", "k", "v", "out", "latent_q", "latent_kv", "latent", "latent_out", "gate", "up", "down")
-_ADAPTABLE: Final = (*_ADAPTED, "router", "shared_router")
+_FROZEN: Final = (*TABLES, "head", "sinks", "attention_shortcut", "ffn_shortcut")
+_ROUTERS: Final = ("router", "shared_router")
+_ADAPTABLE: Final = tuple(role for role in MATRICES if role not in _FROZEN)
+_ADAPTED: Final = tuple(role for role in _ADAPTABLE if role not in _ROUTERS)
 
 
 def roles_in(packed: Packed, architecture: Architecture) -> set[str]:
@@ -96,7 +99,8 @@ def ranks_of(architecture: Architecture, options: Training, before: Sizes | None
     for block in range(depth):
         for packed in architecture.packed_of(block):
             adapted = roles_in(packed, architecture).intersection(roles)
-            if packed.name.endswith(".bias") or not adapted:
+            matrix = all(architecture.tensors[name].kind == "weight" for name in packed.canonical)
+            if not (matrix and adapted):
                 continue
             asked = max(_look_up(patterns, block, role, options.rank) for role in adapted)
             rank = min(asked, *packed.shape(architecture.shapes)[-2:])
@@ -132,6 +136,17 @@ def require_peft() -> None:
         refuse("no-peft", "method lora", "peft is not installed", "pip install 'secateur[recover]'")
 
 
+class _Holder(nn.Module):
+    """Holds a stock model. To the bare one, peft would apply names that its class had in older versions."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.stock(**inputs)
+
+
 def adapt(model: nn.Module, architecture: Architecture, ranks: Mapping[str, int], scale: float, seed: int) -> Any:
     """Put LoRA adapters beside the named parameters.
 
@@ -152,11 +167,11 @@ def adapt(model: nn.Module, architecture: Architecture, ranks: Mapping[str, int]
     for name, rank in ranks.items():
         module = name.removesuffix(".weight")
         if module != name and isinstance(model.get_submodule(module), nn.Linear | Conv1D):
-            modules.append(module)
-            patterns[re.escape(module)] = rank
+            modules.append(f"stock.{module}")
+            patterns[re.escape(f"stock.{module}")] = rank
         else:
-            parameters.append(name)
-            patterns[re.escape(name)] = rank
+            parameters.append(f"stock.{name}")
+            patterns[re.escape(f"stock.{name}")] = rank
     config = LoraConfig(
         r=1,
         target_modules=modules,
@@ -170,12 +185,16 @@ def adapt(model: nn.Module, architecture: Architecture, ranks: Mapping[str, int]
         # peft looks for patterns among modules only, though it applies them to parameters as well
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # transformers' new name for it
-        return get_peft_model(model, config)
+        adapted = get_peft_model(_Holder(model), config)
+    found = sum("lora_A" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+    if found != len(ranks):
+        raise InternalError("adapters", f"{len(ranks)} adapters", f"peft made {found}")
+    return adapted
 
 
 def merged(model: Any) -> nn.Module:
     """The stock model with the adapters added to its weights, in at least float32."""
     if next(model.parameters()).dtype not in (torch.float32, torch.float64):
         model = model.float()
-    found: nn.Module = model.merge_and_unload()
+    found: nn.Module = model.merge_and_unload().stock
     return found
