@@ -20,6 +20,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import next_free
 from secateur.errors import InternalError, near, refuse
 from secateur.families.loading import is_square, status
+from secateur.inference import open_checkpoint
 from secateur.meters.perplexity import fits
 from secateur.runtimes import check as checks
 from secateur.runtimes import gguf_file, gguf_tokens, llama_cpp, onnx
@@ -69,7 +70,7 @@ def export(
         hint = "choose another name, or --force to move the old one aside"
         refuse("output-exists", f"output {str(path)!r}", "it exists already", hint)
     _require(runtime, check)
-    checkpoint = Checkpoint.open(Path(locate(str(model))))
+    checkpoint = open_checkpoint(Path(locate(str(model))))
     if (check or runtime == "onnxruntime") and not fits(checkpoint, torch.float32):
         hint = "--no-check writes GGUF block by block" if runtime == "llama.cpp" else "use a machine with more memory"
         refuse("too-large", f"export of {str(model)!r}", "the whole model in float32 does not fit in memory", hint)

@@ -25,6 +25,7 @@ from secateur.engine.request import recipe_of
 from secateur.engine.run import LEARNED
 from secateur.errors import refuse
 from secateur.families.loading import loads_in
+from secateur.inference import open_checkpoint
 from secateur.meters.memory import MemoryWatch, available_bytes
 from secateur.meters.perplexity import Text, load_stock, perplexity
 from secateur.reports.recover import RECIPE, RecoverFacts, write_card, write_report
@@ -128,7 +129,7 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
             place.precious = True  # a text at fault, which is opened only now, shall not cost the training
             record = _write(job, model, outcome, output)
             del model
-            result = Checkpoint.open(work / "out")
+            result = open_checkpoint(work / "out")
             achieved = achieved_of(job.checkpoint, result)
             figures = _perplexities(job, result, progress)
             training = _told(job, outcome)
@@ -230,7 +231,7 @@ def _write(job: Recovery, model: nn.Module, outcome: Outcome, output: Path) -> d
     shutil.rmtree(result, ignore_errors=True)
     left_behind = copy_companions(source.folder.path, result, {output.resolve(), work.resolve()}, {LEARNED})
     digests = write_weights(source, model, result)
-    written = Checkpoint.open(result)
+    written = open_checkpoint(result)
     precise = torch.float64 if "F64" in source.dtypes.values() else torch.float32
     check_reloaded(source, model, load_stock(written, precise, torch.device("cpu")))
     recovery = {

@@ -19,6 +19,7 @@ from secateur.engine.run import model_digest
 from secateur.errors import RequestError, refuse
 from secateur.families import Sizes
 from secateur.families.resizing import sizes_of
+from secateur.inference import open_checkpoint
 from secateur.training.adapters import ranks_of, require_peft
 from secateur.training.loop import Length
 from secateur.training.options import DEFAULT_STEPS, RecoverRequest, Training, default_rate
@@ -102,8 +103,8 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
     if request.method == "lora":
         require_peft()
     device = resolve_device(request.device)
-    checkpoint = Checkpoint.open(Path(locate(request.model)))
-    teacher = None if request.teacher is None else Checkpoint.open(Path(locate(request.teacher)))
+    checkpoint = open_checkpoint(Path(locate(request.model)))
+    teacher = None if request.teacher is None else open_checkpoint(Path(locate(request.teacher)))
     rate = options.learning_rate or default_rate(request.method, checkpoint.architecture.sizes.residual)
     options = options.model_copy(update={"learning_rate": rate})
     context = min(context_of(found) for found in (checkpoint, teacher) if found is not None)
