@@ -311,5 +311,5 @@ def test_a_wrong_family_file_is_not_believed(arcee: Path, tmp_path: Path) -> Non
     assert set(facts["refused"]) == {"residual"}
     family["block"]["mlp.up_proj"] = "down"
     (copy / FAMILY_FILE).write_text(yaml.safe_dump(family))
-    with pytest.raises(RequestError, match="family file"):
+    with pytest.raises(RequestError, match="it is a second"):
         secateur.inspect(copy)
