@@ -203,11 +203,31 @@ def show_methods(result: dict[str, Any]) -> None:
 
 
 def show_families(result: dict[str, Any]) -> None:
-    table = _table("family", "space", "native layout", "per-layer layout", numbers=False)
+    table, notes = _table("family", "space", "native layout", "per-layer layout", numbers=False), _Notes()
     for name, facts in result.items():
         for kind, state in facts["native"].items():
-            table.add_row(name, kind, state, facts["per-layer"][kind])
+            table.add_row(name, kind, notes.mark(state), notes.mark(facts["per-layer"][kind]))
     _out.print(table)
+    notes.print()
+
+
+class _Notes:
+    """Reasons of verdicts, told once each below the table they belong to."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, verdict: str) -> str:
+        """``refused (why)`` as ``refused [n]``."""
+        state, _, why = verdict.partition(" (")
+        if not why:
+            return state
+        number = self._numbers.setdefault(why.removesuffix(")"), len(self._numbers) + 1)
+        return escape(f"{state} [{number}]")
+
+    def print(self) -> None:
+        for why, number in self._numbers.items():
+            _out.print(escape(f"[{number}] {why}"), highlight=False)
 
 
 def show_inspect(result: dict[str, Any]) -> None:
@@ -216,11 +236,12 @@ def show_inspect(result: dict[str, Any]) -> None:
         shown = f"{value:,}" if type(value) is int else str(value)
         _out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
     head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout", "per-layer layout")
-    table = _table(*head, numbers=False)
+    table, notes = _table(*head, numbers=False), _Notes()
     for kind, facts in result["spaces"].items():
         cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
-        table.add_row(kind, *cells, facts["native"], facts["per-layer"])
+        table.add_row(kind, *cells, notes.mark(facts["native"]), notes.mark(facts["per-layer"]))
     _out.print(table)
+    notes.print()
     if "family_file" in result:
         _out.print(f"family file: {result['family_file']}", highlight=False)
 

@@ -124,6 +124,12 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
     request = (
         f"`{record['method']}`, {_wanted(record)}, options: {_options(record)}, seed {record['requested']['seed']}"
     )
+    loading = 'Loads with plain `transformers`:\n\n    AutoModelForCausalLM.from_pretrained(".")'
+    if "resize" in record:
+        loading = (
+            'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the modelling file in '
+            'this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
+        )
     text = f"""---
 library_name: transformers
 tags: [pruned, secateur]
@@ -137,9 +143,7 @@ Request: {request}. {_share_removed(achieved):.2%} of all parameters are gone, c
 
 {render_table(sizes_table(record))}
 
-Loads with plain `transformers`:
-
-    AutoModelForCausalLM.from_pretrained("{folder.name if folder.name != "out" else "."}")
+{loading}
 
 {loads}
 
