@@ -116,6 +116,7 @@ def test_configuration_names_what_differs(checkpoint: Checkpoints, notes: Path, 
     widths = [block["ffn"] for block in record["after"]["blocks"]]
     assert len(set(widths)) > 1
     assert [layer.intermediate_size for layer in config.per_layer_config] == widths
+    assert "trust_remote_code=True" in (output / "README.md").read_text()
     assert record["loads_in"]["vllm"] == record["loads_in"]["llama.cpp"] == "no"
 
 
