@@ -127,8 +127,8 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
     loading = 'Loads with plain `transformers`:\n\n    AutoModelForCausalLM.from_pretrained(".")'
     if "resize" in record:
         loading = (
-            'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the modelling file '
-            'in this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
+            'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the '
+            'modelling file in this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
         )
     text = f"""---
 library_name: transformers
