@@ -28,34 +28,25 @@ from secateur.inference import open_checkpoint
 from secateur.plans import Plan
 from secateur.reports.documentation import regenerate
 from secateur.reports.markdown import table
-from zoo import CONTEXT, Tiny, Where
+from zoo import CONTEXT, GQA, Tiny, Where
 
-_GQA: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
-}
-_MHA: dict[str, Any] = {**_GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
+_MHA: dict[str, Any] = {**GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
 _GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
-_EXPERTS: dict[str, Any] = {**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS: dict[str, Any] = {**GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
 _GPT_TABLES = ("transformer.wte", "transformer.wpe")
 
 UNKNOWN: dict[str, Tiny] = {
-    "apertus": Tiny(_GQA),
-    "arcee": Tiny(_GQA),
+    "apertus": Tiny(GQA),
+    "arcee": Tiny(GQA),
     "biogpt": Tiny(
         {k: v for k, v in _MHA.items() if k not in ("num_key_value_heads", "head_dim")},
         Where("biogpt.layers", ("biogpt.embed_tokens", "biogpt.embed_positions"), "self_attn.out_proj", "fc2", "fc2"),
     ),
-    "bitnet": Tiny({**_GQA, "hidden_size": 64}),
+    "bitnet": Tiny({**GQA, "hidden_size": 64}),
     "codegen": Tiny(
         {**_GPT, "rotary_dim": 8}, Where("transformer.h", ("transformer.wte",), "attn.out_proj", "mlp", "mlp.fc_out")
     ),
-    "cohere2": Tiny({**_GQA, "sliding_window": 4, "num_hidden_layers": 4}),
+    "cohere2": Tiny({**GQA, "sliding_window": 4, "num_hidden_layers": 4}),
     "dbrx": Tiny(
         {
             "d_model": 48,
@@ -65,11 +56,11 @@ UNKNOWN: dict[str, Tiny] = {
             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         }
     ),
-    "diffllama": Tiny(_GQA),
-    "doge": Tiny({**_GQA, "num_hidden_layers": 3}),
+    "diffllama": Tiny(GQA),
+    "doge": Tiny({**GQA, "num_hidden_layers": 3}),
     "dots1": Tiny(
         {
-            **_GQA,
+            **GQA,
             "moe_intermediate_size": 24,
             "n_routed_experts": 4,
             "n_shared_experts": 1,
@@ -80,10 +71,10 @@ UNKNOWN: dict[str, Tiny] = {
         },
         Where(experts="mlp.experts", shared_reader="mlp.shared_experts.down_proj"),
     ),
-    "ernie4_5": Tiny(_GQA),
-    "exaone4": Tiny({**_GQA, "num_hidden_layers": 4, "sliding_window": 4}),
-    "glm": Tiny({**_GQA, "head_dim": 16, "pad_token_id": 1}),
-    "glm4": Tiny({**_GQA, "head_dim": 16, "pad_token_id": 1}),
+    "ernie4_5": Tiny(GQA),
+    "exaone4": Tiny({**GQA, "num_hidden_layers": 4, "sliding_window": 4}),
+    "glm": Tiny({**GQA, "head_dim": 16, "pad_token_id": 1}),
+    "glm4": Tiny({**GQA, "head_dim": 16, "pad_token_id": 1}),
     "gpt_bigcode": Tiny(_GPT, Where("transformer.h", _GPT_TABLES, "attn.c_proj", "mlp", "mlp.c_proj")),
     "gpt_neo": Tiny(
         {
@@ -100,24 +91,24 @@ UNKNOWN: dict[str, Tiny] = {
         {**_GPT, "rotary_dim": 8}, Where("transformer.h", ("transformer.wte",), "attn.out_proj", "mlp", "mlp.fc_out")
     ),
     "granitemoe": Tiny(_EXPERTS, Where(ffn_out="block_sparse_moe", experts="block_sparse_moe.experts")),
-    "helium": Tiny({**_GQA, "hidden_size": 64}),
-    "hunyuan_v1_dense": Tiny(_GQA),
+    "helium": Tiny({**GQA, "hidden_size": 64}),
+    "hunyuan_v1_dense": Tiny(GQA),
     "jamba": Tiny({**_EXPERTS, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}),
-    "lfm2": Tiny({**_GQA, "layer_types": ["conv", "full_attention", "conv"]}),
+    "lfm2": Tiny({**GQA, "layer_types": ["conv", "full_attention", "conv"]}),
     "mamba": Tiny({"hidden_size": 48, "num_hidden_layers": 3}),
     "minimax": Tiny(
         {**_EXPERTS, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
         Where(experts="mlp.experts"),
     ),
     "mpt": Tiny({"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": CONTEXT}),
-    "nemotron": Tiny(_GQA),
-    "olmo": Tiny(_GQA),
-    "olmo3": Tiny({**_GQA, "sliding_window": 4}),
+    "nemotron": Tiny(GQA),
+    "olmo": Tiny(GQA),
+    "olmo3": Tiny({**GQA, "sliding_window": 4}),
     "persimmon": Tiny(_MHA, Where(attention_out="self_attn.dense", ffn_reader="mlp.dense_4h_to_h")),
     "phimoe": Tiny(_EXPERTS, Where(experts="mlp.experts")),
-    "recurrent_gemma": Tiny({**_GQA, "num_hidden_layers": 3}),
+    "recurrent_gemma": Tiny({**GQA, "num_hidden_layers": 3}),
     "rwkv": Tiny({"hidden_size": 48, "num_hidden_layers": 3, "context_length": CONTEXT}),
-    "seed_oss": Tiny(_GQA),
+    "seed_oss": Tiny(GQA),
     "xglm": Tiny({"d_model": 48, "ffn_dim": 64, "num_layers": 3, "attention_heads": 4}),
 }
 """By ``model_type``."""

@@ -11,7 +11,7 @@ from typing import Any
 CONTEXT = 64
 VOCABULARY = 300
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-_GQA = {
+GQA = {
     "hidden_size": 48,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
@@ -46,7 +46,7 @@ class Tiny:
     model_type: str = ""
 
 
-_MOE = {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+_MOE = {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 _PLAIN = {
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -86,10 +86,10 @@ _PARALLEL = Where(parallel=True)
 _EXPERTS = Where(experts="mlp.experts")
 
 FAMILIES: dict[str, Tiny] = {
-    "llama": Tiny(_GQA),
-    "mistral": Tiny({**_GQA, "sliding_window": 8}),
-    "qwen2": Tiny({**_GQA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    "qwen3": Tiny(_GQA),
+    "llama": Tiny(GQA),
+    "mistral": Tiny({**GQA, "sliding_window": 8}),
+    "qwen2": Tiny({**GQA, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": Tiny(GQA),
     "gpt2": Tiny(
         {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT},
         Where("transformer.h", ("transformer.wte", "transformer.wpe"), "attn.c_proj", "mlp", "mlp.c_proj"),
@@ -112,21 +112,21 @@ FAMILIES: dict[str, Tiny] = {
         ),
     ),
     "mixtral": Tiny(
-        {**_GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {**GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         _EXPERTS,
     ),
     "phi": Tiny(_PLAIN, Where(attention_out="self_attn.dense", ffn_reader="mlp.fc2", parallel=True)),
     "phi3": Tiny({**_PLAIN, "sliding_window": 8}),
-    "gemma": Tiny(_GQA),
-    "gemma2": Tiny({**_GQA, "sliding_window": 8, "query_pre_attn_scalar": 6}),
-    "gemma3_text": Tiny({**_GQA, "sliding_window": 8, "query_pre_attn_scalar": 6, "sliding_window_pattern": 2}),
+    "gemma": Tiny(GQA),
+    "gemma2": Tiny({**GQA, "sliding_window": 8, "query_pre_attn_scalar": 6}),
+    "gemma3_text": Tiny({**GQA, "sliding_window": 8, "query_pre_attn_scalar": 6, "sliding_window_pattern": 2}),
     "gpt_neox": Tiny(_UNGROUPED, replace(_NEOX, parallel=True)),
     "falcon": Tiny(_FALCON, replace(_H, parallel=True)),
     "bloom": Tiny(_BLOOM, _H),
     "stablelm": Tiny(_PLAIN),
-    "olmo2": Tiny(_GQA),
+    "olmo2": Tiny(GQA),
     "starcoder2": Tiny({**_PLAIN, "sliding_window": 8}, Where(ffn_reader="mlp.c_proj")),
-    "smollm3": Tiny({**_GQA, "no_rope_layer_interval": 2}),
+    "smollm3": Tiny({**GQA, "no_rope_layer_interval": 2}),
     "granite": Tiny(
         {
             **_PLAIN,
@@ -143,7 +143,7 @@ FAMILIES: dict[str, Tiny] = {
     "deepseek_v3": Tiny(_DEEPSEEK, Where(experts="mlp.experts", shared_reader="mlp.shared_experts.down_proj")),
     "gpt_oss": Tiny(
         {
-            **_GQA,
+            **GQA,
             "intermediate_size": 32,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -156,17 +156,17 @@ FAMILIES: dict[str, Tiny] = {
 """Families by name; a variant of one names its ``model_type``."""
 
 VARIANTS: dict[str, Tiny] = {
-    "llama-tied": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="llama"),
+    "llama-tied": Tiny({**GQA, "tie_word_embeddings": True}, model_type="llama"),
     "llama-mha": Tiny(
-        {**_GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
+        {**GQA, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": None, "attention_bias": True},
         model_type="llama",
     ),
-    "qwen2-full": Tiny({**_GQA, "tie_word_embeddings": True}, model_type="qwen2"),
+    "qwen2-full": Tiny({**GQA, "tie_word_embeddings": True}, model_type="qwen2"),
     "gpt2-inner": Tiny({**FAMILIES["gpt2"].config, "n_inner": 80}, FAMILIES["gpt2"].where, "gpt2"),
     "phi-norms": Tiny({**_PLAIN, "qk_layernorm": True}, FAMILIES["phi"].where, "phi"),
     "phi3-longrope": Tiny({**_PLAIN, "rope_parameters": _LONG}, model_type="phi3"),
-    "gemma-one": Tiny({**_GQA, "num_key_value_heads": 1}, model_type="gemma"),
-    "gemma-untied": Tiny({**_GQA, "tie_word_embeddings": False}, model_type="gemma"),
+    "gemma-one": Tiny({**GQA, "num_key_value_heads": 1}, model_type="gemma"),
+    "gemma-untied": Tiny({**GQA, "tie_word_embeddings": False}, model_type="gemma"),
     "gpt_neox-sequential": Tiny({**_UNGROUPED, "use_parallel_residual": False}, _NEOX, "gpt_neox"),
     "falcon-new": Tiny(
         {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 3}, replace(_H, parallel=True), "falcon"

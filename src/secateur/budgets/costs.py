@@ -65,7 +65,6 @@ class Costs:
             for t in architecture.tensors.values()
             if (t.role, t.kind) == ("latent_kv", "weight")
         }
-        self.head_axes = architecture.tensors[_HEAD].axes
         self.itemsize = itemsizes.get(_HEAD, itemsizes[canonical_name(None, "embedding", "weight")])
         self.params = cache(self._params)
         self.bytes = cache(self._bytes)

@@ -28,7 +28,7 @@ class GlobalRanking(Sequence[Sizes]):
     """
 
     def __init__(self, base: Sizes, kind: Kind, scores: Mapping[str, Tensor], grain: int = 1) -> None:
-        self._base, self._kind, self._grain = base, kind, grain
+        self._base, self._grain = base, grain
         self._spaces = all_spaces(base, kind)
         self._field = {"ffn": "ffn", "kv": "kv", "heads": "group"}[kind]
         relative = []

@@ -58,8 +58,7 @@ def copy_companions(source: Path, target: Path, own: Collection[Path], whole: Co
         return False
 
     copy_folder(source, target, wanted)
-    if (source / CARD).is_file() and not (
-        source / SOURCE_CARD
-    ).is_file():  # a card in the target may also be ours, of an interrupted run
+    # asked of the source: a card in the target may also be ours, of an interrupted run
+    if (source / CARD).is_file() and not (source / SOURCE_CARD).is_file():
         (target / CARD).replace(target / SOURCE_CARD)
     return sorted(left)

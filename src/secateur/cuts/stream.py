@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, canonical_name
+from secateur.families.modeling_secateur import hyperplane
 from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
 SHARED = "residual"
@@ -40,14 +41,6 @@ def interfaces(architecture: Architecture) -> list[str]:
 
 
 _NO_MEAN = 1e-8  # of an entry of a unit vector
-
-
-def hyperplane(size: int) -> Tensor:
-    """Orthonormal basis [size, size - 1] of the vectors whose entries sum to zero (a Householder reflection)."""
-    mirror = torch.full((size,), 1 / math.sqrt(size), dtype=torch.float64)
-    mirror[0] += 1
-    reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
-    return reflection[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -181,6 +174,16 @@ def narrow_stream(
                     raise InternalError("no-bias", f"folding {norm} into {name}", "the stock class has no bias there")
             result[name] = result[name] * (weight + offset)
     like = next(iter(result.values()))
+
+    @cache  # the experts of a block share them
+    def restore(norm: str) -> Tensor:
+        return here.read_by(norm).restore.to(like)
+
+    @cache
+    def reduce(role: str) -> Tensor:
+        basis = here.written_by(role)
+        return (basis.scale * basis.reduce).to(like)
+
     stored = tensors[canonical_name(None, "embedding", "weight")].dtype if place is None else like.dtype
     gain = source.embedding_gain(stored) / target.embedding_gain(stored)
     for name, tensor in result.items():
@@ -191,21 +194,18 @@ def narrow_stream(
             fill = 1 / basis.scale - offset if kind == "weight" else float(name in spare)
             result[name] = tensor.new_full((basis.width,), fill)
         elif role in TABLES or writes_stream(role):
-            basis = here.written_by(role)
-            reduce = (basis.scale * basis.reduce).to(like)
-            result[name] = tensor @ reduce.t() if role in TABLES else reduce @ tensor
+            result[name] = tensor @ reduce(role).t() if role in TABLES else reduce(role) @ tensor
             if role == "embedding":
                 result[name] *= gain
         elif kind == "weight" and reads_stream(role):
-            basis = here.read_by(norm_of[name])
-            result[name] = tensor @ basis.restore.to(like)
+            result[name] = tensor @ restore(norm_of[name])
             if name in constants:  # read along the vector of ones, where only the norm's bias lies
-                result[name] += constants[name][:, None] / basis.width
+                result[name] += constants[name][:, None] / result[name].shape[1]
     if place is None and target.sizes.tied:
         basis = here.read_by("final_norm")
         embedding, norm = (canonical_name(None, role, "weight") for role in ("embedding", "final_norm"))
         gains = _precise(tensors[norm]) + offset
-        table, shared = shared_table(_precise(tensors[embedding]), gains, basis.restore.to(like))
+        table, shared = shared_table(_precise(tensors[embedding]), gains, restore("final_norm"))
         result[embedding], result[norm] = table * basis.scale * gain, shared / (basis.scale**2 * gain) - offset
     result = {name: tensor.to(tensors[name].dtype) for name, tensor in result.items()}
     if target.sizes.shortcuts and place is not None:

@@ -200,7 +200,7 @@ class Architecture:
             name = f"{writer}.shortcut"
             self.packed[name] = Packed(name, ((tensor.name,),))
             self._places[name] = self._place(name)
-        del self._by_place  # made when the writers were looked up
+        del self._by_place, self._roles_by_place  # made when the writers were looked up
 
     def _check_shapes(self) -> None:
         for name, packed in self.packed.items():
@@ -236,9 +236,18 @@ class Architecture:
         """Canonical tensors of one block, or of the stem (without a tied head)."""
         return [self.tensors[name] for packed in self.packed_of(block) for name in packed.canonical]
 
-    def roles_of(self, block: Block) -> set[str]:
-        """Roles that are present in one place."""
-        return {tensor.role for tensor in self.tensors_of(block)}
+    @cached_property
+    def _roles_by_place(self) -> dict[Block, frozenset[str]]:
+        return {place: frozenset(tensor.role for tensor in self.tensors_of(place)) for place in self.places}
+
+    def roles_of(self, block: Block) -> frozenset[str]:
+        """Roles that are present in one place (a tied head apart)."""
+        return self._roles_by_place[block]
+
+    @cached_property
+    def roles(self) -> frozenset[str]:
+        """Roles that are present anywhere."""
+        return frozenset(tensor.role for tensor in self.tensors.values())
 
     def embedding_gain(self, dtype: torch.dtype) -> float:
         """What the stock class multiplies token embeddings by, as far as it depends on the width of the stream.

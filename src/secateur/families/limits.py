@@ -33,7 +33,7 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
             f"{family.model_type} has no head size of its own: it is the stream's width divided by the number of "
             f"heads, so {consequence}"
         )
-    roles = {tensor.role for tensor in architecture.tensors.values()}
+    roles = architecture.roles
     if attention and roles.intersection(OVER_ALL_HEADS):
         reasons.append("queries and keys are normalised over all heads together, so without some the others change")
     if attention and "out" not in roles:

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import cached_file
 
 RECORD = "secateur.json"
+AUTO_MAP = {"AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM"}
 
 
 def resize(model: nn.Module, record: dict[str, Any]) -> None:
@@ -106,13 +105,13 @@ def change_of_basis(packed: torch.Tensor, mean_free: bool) -> torch.Tensor:
     square = wide.new_zeros(size, size).index_put((rows, columns), wide)
     square = square - torch.eye(size, dtype=wide.dtype, device=wide.device)
     if mean_free:
-        plane = _hyperplane(size + 1).to(square)
+        plane = hyperplane(size + 1).to(square)
         square = plane @ square @ plane.t()
     return square.to(packed.dtype)
 
 
-def _hyperplane(size: int) -> torch.Tensor:
-    """Orthonormal basis [size, size - 1] of the vectors whose entries sum to zero."""
+def hyperplane(size: int) -> torch.Tensor:
+    """Orthonormal basis [size, size - 1] of the vectors whose entries sum to zero (a Householder reflection)."""
     mirror = torch.full((size,), 1 / math.sqrt(size), dtype=torch.float64)
     mirror[0] += 1
     reflection = torch.eye(size, dtype=torch.float64) - 2 * torch.outer(mirror, mirror) / mirror.dot(mirror)
@@ -143,7 +142,7 @@ def resized_class(stock: Any, record: dict[str, Any]) -> Any:
             (target / RECORD).write_text(json.dumps({"resize": record}, indent=2) + "\n")
             shutil.copyfile(__file__, target / "modeling_secateur.py")
             config = json.loads((target / "config.json").read_text())
-            config["auto_map"] = {"AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM"}
+            config["auto_map"] = AUTO_MAP
             config["architectures"] = [stock.__name__]
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -162,6 +161,9 @@ class SecateurForCausalLM:
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load a checkpoint whose layers differ."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import cached_file
+
         if config is None:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         places = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}

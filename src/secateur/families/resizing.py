@@ -11,6 +11,7 @@ from typing import Any
 
 from secateur.families.architecture import Architecture
 from secateur.families.limits import Layout
+from secateur.families.modeling_secateur import AUTO_MAP
 from secateur.families.sizes import BlockSizes, Sizes
 from secateur.families.stock import PER_LAYER_KEYS, accepts
 
@@ -18,10 +19,6 @@ from secateur.families.stock import PER_LAYER_KEYS, accepts
 def modeling_file() -> Path:
     """The file that lies beside a checkpoint whose layers differ."""
     return Path(str(files("secateur.families") / "modeling_secateur.py"))
-
-
-AUTO_MAP = {"AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM"}
-"""What ``config.json`` names where layers differ; the file lies beside it."""
 
 
 def resized(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
@@ -67,16 +66,6 @@ def shapes_of(raw: Raw) -> dict[str, Shape] | None:
     except RequestError:
         return None
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-@dataclass
-class Keys:
-    """Which key of the configuration holds which size; ``families.schema.Family.sizes`` without the numbers."""
-
-    found: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, size: str) -> str | None:
-        return self.found.get(size)
 
 
 class Specimen:

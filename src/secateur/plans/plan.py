@@ -67,19 +67,21 @@ _BASES = "plan-bases.safetensors"
 
 
 class _Bases(Mapping[str, Tensor]):
-    """Tensors of a file, loaded on access."""
+    """Tensors of a file, loaded on access; the last one stays, for a basis that serves every block."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         with safe_open(path, "pt") as handle:
             self._names = list(handle.keys())
+        self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        with safe_open(self._path, "pt") as handle:
-            found: Tensor = handle.get_tensor(name)
-        return found
+        if self._last is None or self._last[0] != name:
+            with safe_open(self._path, "pt") as handle:
+                self._last = (name, handle.get_tensor(name))
+        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -230,6 +230,23 @@ def _method(facts: PruneFacts) -> list[Section]:
     return [Section("What the method saw", parts)] if parts else []
 
 
+def closing(record: dict[str, Any], run: dict[str, str], hashes: Table) -> list[Section]:
+    """What stands at the end of every report: how it ran, what loads it, what it follows from, what was not touched."""
+    loads = [[name, state] for name, state in record["loads_in"].items()]
+    ran: list[Part] = [
+        Table(["what", "value"], list(run.items()), "How the run went", numbers=False),
+        Table(["runtime", "loads"], loads, "What loads the result", numbers=False),
+    ]
+    sections = [
+        Section("Run", ran),
+        Section("Hashes (SHA-256)", [hashes, Paragraph("Those of every tensor are in secateur.json.")]),
+    ]
+    for key, title in (("passthrough", "Tensors that only travel along"), ("left_behind", "Files left behind")):
+        if record[key]:
+            sections.append(Section(title, [Listing("\n".join(record[key]))]))
+    return sections
+
+
 def describe(facts: PruneFacts) -> Document:
     """The report of a run, its measured times included."""
     record, achieved = facts.record, facts.achieved
@@ -237,30 +254,13 @@ def describe(facts: PruneFacts) -> Document:
     hashes = [["plan", record["plan_sha256"]]]
     if data is not None:
         hashes.insert(0, ["calibration text", data["sha256"]])
-    loads = [[name, state] for name, state in record["loads_in"].items()]
     sections = [
         _request(facts),
         Section("Sizes", [counts_table(achieved), _parts_table(*facts.parts), sizes_table(record), _widths(facts)]),
         _quality(facts),
         *_method(facts),
-        Section(
-            "Run",
-            [
-                Table(["what", "value"], list(facts.run.items()), "How the run went", numbers=False),
-                Table(["runtime", "loads"], loads, "What loads the result", numbers=False),
-            ],
-        ),
-        Section(
-            "Hashes (SHA-256)",
-            [
-                Table(["of", "value"], hashes, "What the result follows from", numbers=False),
-                Paragraph("Those of every tensor are in secateur.json."),
-            ],
-        ),
+        *closing(record, facts.run, Table(["of", "value"], hashes, "What the result follows from", numbers=False)),
     ]
-    for key, title in (("passthrough", "Tensors that only travel along"), ("left_behind", "Files left behind")):
-        if record[key]:
-            sections.append(Section(title, [Listing("\n".join(record[key]))]))
     lead = (
         f"{record['method']} removed {_share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "
         f"before, {achieved['params']:,} after."

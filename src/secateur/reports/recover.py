@@ -11,7 +11,7 @@ from secateur.plans import Chart
 from secateur.reports.document import Charts, Document, Listing, Paragraph, Part, Section, Table, change
 from secateur.reports.files import write_document
 from secateur.reports.markdown import render_table, table
-from secateur.reports.prune import PAGE, REPORT, counts_table, sizes_table
+from secateur.reports.prune import PAGE, REPORT, closing, counts_table, sizes_table
 
 RECIPE: Final = "recipe-recover.yaml"
 _MOST_POINTS: Final = 256
@@ -158,35 +158,15 @@ def describe(facts: RecoverFacts) -> Document:
     request = Table(["what", "value"], [["model", facts.model], *_asked(recovery)], "What was asked for", numbers=False)
     again = f"The same as a recipe, also in {RECIPE}; secateur recover --recipe {RECIPE} -o OUT repeats the run:"
     sizes = [counts_table(facts.achieved), *([sizes_table(record)] if _was_cut(record) else [])]
-    loads = [[name, state] for name, state in record["loads_in"].items()]
+    follows = [["training text", recovery["data"]["sha256"]]]
+    hashes = Table(["of", "value"], follows, "What it follows from", numbers=False)
     sections = [
         Section("Request", [request, Paragraph(again), Listing(facts.recipe)]),
         Section("Quality", _quality(facts.perplexity)),
         Section("Learning curve", _curve(recovery)),
         Section("Sizes", sizes),
-        Section(
-            "Run",
-            [
-                Table(["what", "value"], list(facts.run.items()), "How the run went", numbers=False),
-                Table(["runtime", "loads"], loads, "What loads the result", numbers=False),
-            ],
-        ),
-        Section(
-            "Hashes (SHA-256)",
-            [
-                Table(
-                    ["of", "value"],
-                    [["training text", recovery["data"]["sha256"]]],
-                    "What it follows from",
-                    numbers=False,
-                ),
-                Paragraph("Those of every tensor are in secateur.json."),
-            ],
-        ),
+        *closing(record, facts.run, hashes),
     ]
-    for key, title in (("passthrough", "Tensors that only travel along"), ("left_behind", "Files left behind")):
-        if record[key]:
-            sections.append(Section(title, [Listing("\n".join(record[key]))]))
     before, after = (recovery["training"]["validation"][key] for key in ("before", "after"))
     told = "" if before is None else f"; cross entropy of held-back data {before:.4f} before, {after:.4f} after"
     lead = f"{recovery['requested']['method']}, {recovery['training']['steps']} steps{told}."
