@@ -20,6 +20,7 @@ import masking
 import models
 import secateur
 from secateur.api import PruneResult
+from secateur.checkpoints import Checkpoint, Folder
 from secateur.engine.prepare import prepare
 from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
@@ -51,6 +52,7 @@ METHODS: dict[str, Row] = {
     "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
+    "fasp": Row(({},), ({"metric": "obs"}, {"restore": False})),
 }
 RATIOS = {"kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
@@ -112,7 +114,7 @@ def rows(method: str, full: bool) -> list[Options]:
 def ci_cells() -> list[Cell]:
     """Every method x a few families; every family x {magnitude of the FFN, slicegpt}, where they are not refused."""
     wide = {Cell(f, m, o) for f in WIDE for m in method_names() for o in map(_Frozen, rows(m, False))}
-    basic = (("magnitude", _Frozen(spaces="ffn")), ("slicegpt", _Frozen()))
+    basic = (("magnitude", _Frozen(spaces="ffn")), ("slicegpt", _Frozen()), ("fasp", _Frozen()))
     every = {Cell(f, m, o) for f in models.FAMILIES for m, o in basic}
     more = {Cell(f, "magnitude", _Frozen(spaces=k)) for f, k in _MORE}
     shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
@@ -201,6 +203,7 @@ def check_masked(model: Path, output: Path, family: str, plan: Plan) -> None:
     for precise in (False, True):
         dense, cut = (models.load(f, dtype=torch.float64, experts_implementation="eager") for f in (model, output))
         untouched = masking.logits(dense, ids)
+        masking.put(dense, edited_state(model, plan))
         if precise:
             masking.swap_precise_parts(dense)
             masking.swap_precise_parts(cut)
@@ -209,6 +212,18 @@ def check_masked(model: Path, output: Path, family: str, plan: Plan) -> None:
         bound = SELECTION if precise else ROTATION
         assert error < bound, f"masked and cut differ by {error:.2e}, more than {bound:g}"
         assert masking.difference(untouched, expected) > 1e-3, "the mask changes nothing: the oracle proves nothing"
+
+
+def edited_state(model: Path, plan: Plan) -> dict[str, torch.Tensor]:
+    """Parameters of the stock model that the plan's edits change."""
+    checkpoint = Checkpoint(Folder(model))
+    state = {}
+    for place in checkpoint.architecture.places:
+        if edits := plan.edits_of(place):
+            tensors = {**checkpoint.read(place), **edits}
+            touched = (p for p in checkpoint.architecture.packed_of(place) if set(p.canonical) & set(edits))
+            state.update({packed.name: packed.pack(tensors) for packed in touched})
+    return state
 
 
 def check_counts(result: PruneResult, output: Path) -> None:

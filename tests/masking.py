@@ -82,6 +82,13 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
     return model
 
 
+@torch.no_grad()
+def put(model: Any, state: dict[str, Tensor]) -> None:
+    """Give a model some other parameters."""
+    for name, value in state.items():
+        model.get_parameter(name).copy_(value)
+
+
 def project_stream(model: Any, where: Where, basis: Tensor) -> None:
     """Project the residual stream onto the columns of ``basis`` after every writer."""
     projector = basis @ basis.t()

@@ -6,6 +6,8 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import overload
 
 from torch import Tensor
 
@@ -108,8 +110,27 @@ class Budget:
         candidates = [start.resized(kind, n) for n in self.reachable(kind, start)]
         if not candidates:
             refuse("not-native", f"another {kind} size", "the stock configuration admits none", "lower --quantum")
-        solutions = [self._nearest(target, candidates, kind) for target in self.targets]
+        solutions = [self._nearest(target, candidates, kind, kind) for target in self.targets]
         return min(solutions, key=lambda sizes: sizes.size(kind))
+
+    def solve_along(self, sizes_at: Callable[[float], Sizes], what: str) -> Sizes:
+        """The sizes nearest to the target on a path of sizes from the smallest to the largest.
+
+        Args:
+            sizes_at: sizes at a share from 0 to 1, along which every cost grows.
+            what: is cut, for messages.
+
+        Raises:
+            RequestError: as ``solve``.
+        """
+        candidates = _Path(sizes_at)
+        solutions = [self._nearest(target, candidates, what) for target in self.targets]
+        return min(solutions, key=self.costs.params)
+
+    def rounded(self, kind: Kind, wanted: float, full: int) -> int:
+        """The reachable size nearest to one wanted of the ``full`` units of a block: at least one step, at most all."""
+        step = math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+        return full if wanted >= full else min(full, max(step, round(wanted / step) * step))
 
     def solve_ranked(self, kind: Kind, scores: Mapping[str, Tensor], keep: float | None = None) -> Sizes:
         """Sizes of every block from one ranking of all units of a kind, nearest to the target.
@@ -129,10 +150,10 @@ class Budget:
         candidates = GlobalRanking(self.sizes, kind, scores, multiple)
         if keep is not None:
             return candidates[int(keep * (len(candidates) - 1))]
-        solutions = [self._nearest(target, candidates, kind) for target in self.targets]
+        solutions = [self._nearest(target, candidates, kind, kind) for target in self.targets]
         return min(solutions, key=self.costs.params)
 
-    def _nearest(self, target: Target, candidates: Sequence[Sizes], kind: Kind) -> Sizes:
+    def _nearest(self, target: Target, candidates: Sequence[Sizes], what: str, kind: Kind | None = None) -> Sizes:
         cost = self._cost(target)
         present = cost(self.sizes)
         wanted = target.of(present)
@@ -144,10 +165,11 @@ class Budget:
         self.gap = (reached - wanted) / present
         beside = [cost(candidates[i]) for i in (index - 1, index + 1) if 0 <= i < len(candidates)]
         step = max((abs(other - reached) for other in beside), default=0.0)
-        nearest = f"the nearest is {_number(reached)} ({reached / present:.1%}) at {kind} {best.size(kind)}"
+        nearest = f"the nearest is {_number(reached)} ({reached / present:.1%})"
+        nearest += "" if kind is None else f" at {kind} {best.size(kind)}"
         lowest, highest = cost(candidates[0]), cost(candidates[-1])
         if wanted < lowest - step / 2 or wanted > highest + step / 2:
-            reach = f"cutting {kind} reaches from {lowest / present:.1%} to {highest / present:.1%} of {target.measure}"
+            reach = f"cutting {what} reaches from {lowest / present:.1%} to {highest / present:.1%} of {target.measure}"
             asked = f"{target.measure} {_number(wanted)} ({wanted / present:.1%} of what is there)"
             refuse("out-of-reach", asked, f"{reach}; {nearest}")
         if self.tolerance is not None and abs(self.gap) > self.tolerance:
@@ -164,6 +186,27 @@ class Budget:
         if reasons:
             refuse("out-of-reach", f"{kind} {size}", "; ".join(reasons))
         return sizes
+
+
+class _Path(Sequence[Sizes]):
+    """Points of a path of sizes, computed when asked for."""
+
+    _POINTS = 4097
+
+    def __init__(self, sizes_at: Callable[[float], Sizes]) -> None:
+        self._at = cache(lambda index: sizes_at(index / (self._POINTS - 1)))
+
+    def __len__(self) -> int:
+        return self._POINTS
+
+    @overload
+    def __getitem__(self, index: int) -> Sizes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sizes]: ...
+    def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._at(index)
 
 
 def _number(value: float) -> str:

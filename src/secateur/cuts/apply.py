@@ -35,15 +35,17 @@ def cut_place(
         Tensors under their canonical names (block indices still those before the cut), in the data types they came in.
         A head that the plan unties is added, and so are changes of basis.
     """
-    result = dict(tensors)
+    stored = dict(tensors)
+    edits = plan.edits_of(place)
+    result = {**stored, **{name: edit.to(next(iter(stored.values())).device) for name, edit in edits.items()}}
     if place is None and source.sizes.tied and not plan.after.tied:
         result[HEAD] = result[EMBEDDING]
     result = {name: select(source, name, tensor, plan.kept) for name, tensor in result.items()}
     if plan.bases:
-        return narrow_stream(source, target, place, result, plan.bases)
-    if "residual" in plan.kept:
-        return _rescale(source, target, result, plan)
-    return result
+        result = narrow_stream(source, target, place, result, plan.bases)
+    elif "residual" in plan.kept:
+        result = _rescale(source, target, result, plan)
+    return {name: tensor.to(stored[name].dtype) if name in stored else tensor for name, tensor in result.items()}
 
 
 def select(architecture: Architecture, name: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:

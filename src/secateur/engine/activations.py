@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,10 +24,10 @@ class Activations:
     Args:
         ids: [count, length] token ids.
         runner: stock model whose stem is loaded.
-        folder: where a large signal is kept.
+        path: where a large signal is kept.
     """
 
-    def __init__(self, ids: Tensor, runner: BlockRunner, folder: Path) -> None:
+    def __init__(self, ids: Tensor, runner: BlockRunner, path: Path) -> None:
         self.ids, self.runner = ids, runner
         count, length = ids.shape
         rows = max(1, _BATCH_TOKENS // length)
@@ -38,7 +39,6 @@ class Activations:
         width = runner.architecture.sizes.residual
         elements = count * length * width
         if elements * runner.dtype.itemsize > _IN_MEMORY:
-            path = folder / "activations.bin"
             flat = torch.from_file(str(path), shared=True, size=elements, dtype=runner.dtype)
             self.values = flat.view(count, length, width)
         else:
@@ -70,6 +70,14 @@ class Activations:
         """Arguments of a block for one batch."""
         return self._calls[batch.start, batch.stop][block]
 
+    def call_for(self, batch: slice, rows: slice, block: int) -> Call:
+        """Arguments of a block for some rows of a batch."""
+        call, many = self.call(batch, block), batch.stop - batch.start
+        if (rows.start, rows.stop) == (batch.start, batch.stop):
+            return call
+        part = slice(rows.start - batch.start, rows.stop - batch.start)
+        return Call(_rows(call.args, many, part), _rows(call.kwargs, many, part))
+
     def save(self, path: Path) -> None:
         """Keep a copy of the signal, replacing an older one in one step."""
         temporary = path.with_suffix(".new")
@@ -79,6 +87,17 @@ class Activations:
     def restore(self, path: Path) -> None:
         """Take the signal from a copy."""
         self.values.copy_(load_file(path)["values"])
+
+
+def _rows(value: Any, many: int, part: slice) -> Any:
+    """The rows ``part`` of everything that has one for each of ``many`` windows."""
+    if isinstance(value, Tensor):
+        return value[part] if value.ndim > 1 and value.shape[0] == many > 1 else value
+    if isinstance(value, list | tuple):
+        return type(value)(_rows(item, many, part) for item in value)
+    if isinstance(value, dict):
+        return {key: _rows(item, many, part) for key, item in value.items()}
+    return value
 
 
 def _same(one: Call, other: Call) -> bool:

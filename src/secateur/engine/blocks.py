@@ -81,6 +81,12 @@ class BlockRunner:
         path, _, leaf = packed.name.rpartition(".")
         return self.model.get_submodule(path), leaf
 
+    def parameter(self, packed: Packed) -> nn.Parameter:
+        """The parameter that holds a packed tensor."""
+        module, leaf = self._locate(packed)
+        found: nn.Parameter = module.get_parameter(leaf)
+        return found
+
     def _assign(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
@@ -121,6 +127,10 @@ class BlockRunner:
     @torch.no_grad()
     def run(self, block: int, hidden: Tensor, call: Call) -> Tensor:
         """Output of one block."""
+        return self.compute(block, hidden, call)
+
+    def compute(self, block: int, hidden: Tensor, call: Call) -> Tensor:
+        """Output of one block, differentiable where gradients are on."""
         output = self.blocks[block](hidden, *call.args, **call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -135,6 +145,10 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits of the stock model's own final norm and head, given the last block's output."""
+        return self.logits_of(ids, hidden)
+
+    def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """The same, differentiable where gradients are on."""
         if "final_norm" not in self.architecture.roles_of(None):  # one without weights has no role
             with self._blocks_replaced(lambda *_, **__: (hidden,) if self._in_tuples else hidden):
                 return self._whole(ids)
@@ -159,6 +173,17 @@ class BlockRunner:
         finally:
             for block in self.blocks:
                 del block.forward
+
+    @contextmanager
+    def experts_one_by_one(self) -> Iterator[None]:
+        """Let fused experts compute one after the other inside."""
+        config = self.model.config
+        before = config._experts_implementation
+        try:
+            config._experts_implementation = "eager"
+            yield
+        finally:
+            config._experts_implementation = before
 
     def norm_on_stream(self, role: str, block: Block) -> nn.Module:
         """The module of a norm, to hook."""

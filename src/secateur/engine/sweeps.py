@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter
 from secateur.cuts import cut_place
-from secateur.engine.activations import Activations
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
-from secateur.errors import refuse
-from secateur.evidence import GramCollector
+from secateur.engine.taps import Taps
+from secateur.engine.walk import Walk
 from secateur.families import Architecture, Block
 from secateur.methods.base import Method
 from secateur.plans import Plan
 from secateur.spaces import BlockView
-
-_SAVE_EVERY = 60.0  # seconds of sweep work between two copies of the activations
 
 
 class Summaries(Mapping[str, Iterable[Tensor]]):
@@ -100,74 +96,22 @@ class SummarySweep:
 
     def from_data(self, ids: Tensor, runner: BlockRunner) -> None:
         """One dense forward pass, block by block; gathers what the method's ``evidence`` names."""
-        blocks = range(len(self.architecture.sizes.blocks))
-        if all(place in self._done for place in self.architecture.places):
+        method, blocks = self.method, len(self.architecture.sizes.blocks)
+        if not method.evidence or all(place in self._done for place in self.architecture.places):
             return
-        self.progress.start("gather", len(blocks))
-        runner.load(None, self.checkpoint.read(None))
-        activations = Activations(ids, runner, self.folder)
-        activations.capture()
-        first = self._restore(activations)
-        saved = time.monotonic()
-        for block in blocks:
-            if block >= first:
-                self._gather_block(activations, block)
-                if time.monotonic() - saved > _SAVE_EVERY and block + 1 < len(blocks):
-                    activations.save(self.folder / "activations.safetensors")
-                    self.journal.add("activations", block=block + 1)
-                    saved = time.monotonic()
+        self.progress.start("gather", blocks)
+        walk = Walk(self.checkpoint, runner, ids, self.folder, self.journal, "activations")
+        walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
+        while walk.block < blocks:
+            block, tensors = walk.block, self.checkpoint.read(walk.block)
+            taps = None if block in self._done else Taps(runner, block, method.evidence)
+            walk.run(tensors, taps)
+            if taps is not None:
+                self._keep(block, BlockView(self.architecture, block, tensors), taps.evidence())
             self.progress.step(block + 1)
         if None not in self._done:
-            final = GramCollector(self.architecture.sizes.residual, runner.device)
-            for shard in activations.shards:
-                for batch in shard:
-                    final.add(activations.values[batch].to(runner.device))
-                final.close_shard()
-            self._keep(None, BlockView(self.architecture, None, {}), {"final_norm": final.total})
-        runner.unload(None)
-
-    def _restore(self, activations: Activations) -> int:
-        """Block to go on with: that of the last copy of the activations."""
-        saved = self.journal.done("activations")
-        if not saved:
-            return 0
-        activations.restore(self.folder / "activations.safetensors")
-        return int(saved[-1]["block"])
-
-    def _gather_block(self, activations: Activations, block: int) -> None:
-        runner = activations.runner
-        tensors = self.checkpoint.read(block)
-        runner.load(block, tensors)
-        collectors: dict[str, GramCollector] = {}
-        hooks = []
-        if block not in self._done and "stream" in self.method.evidence:
-            for role in self.architecture.norms_on_stream(block):
-                collectors[role] = GramCollector(self.architecture.sizes.residual, runner.device)
-                hooks.append(runner.norm_on_stream(role, block).register_forward_pre_hook(_adder(collectors[role])))
-        for shard in activations.shards:
-            for batch in shard:
-                hidden = activations.values[batch].to(runner.device)
-                output = runner.run(block, hidden, activations.call(batch, block))
-                if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
-                    where = f"calibration windows {batch.start} to {batch.stop - 1}"
-                    found = f"values of block {block} are not finite in {where}"
-                    refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
-                activations.values[batch] = output.to(activations.values.device)
-            for collector in collectors.values():
-                collector.close_shard()
-        for hook in hooks:
-            hook.remove()
-        runner.unload(block)
-        if block not in self._done:
-            evidence = {role: collector.total for role, collector in collectors.items()}
-            self._keep(block, BlockView(self.architecture, block, tensors), evidence)
-
-
-def _adder(collector: GramCollector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        collector.add(inputs[0])
-
-    return hook
+            self._keep(None, BlockView(self.architecture, None, {}), walk.stem())
+        walk.close()
 
 
 def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None) -> BlockView:

@@ -1,5 +1,5 @@
 """Statistics gathered by running calibration data through the network."""
 
-from secateur.evidence.gram import GramCollector
+from secateur.evidence.moments import Influence, Moments
 
-__all__ = ["GramCollector"]
+__all__ = ["Influence", "Moments"]

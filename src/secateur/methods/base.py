@@ -1,22 +1,26 @@
-"""What a method is: options, and up to three pure functions on data it is handed.
+"""What a method is: options, and up to four pure functions on data it is handed.
 
 ``sizes(budget)`` says what would remain, ``score(view, evidence)`` summarises one place, ``decide(study)`` makes the
-plan. A method never opens a file, never touches a device, never knows the command line or another method.
+plan, ``mend(view, evidence, plan, stage)`` completes it block by block. A method never opens a file, never touches a
+device, never knows the command line or another method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, Self
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.budgets import Budget
+from secateur.errors import InternalError
 from secateur.families import Block, Layout, Sizes
-from secateur.plans import Artifact, Plan
+from secateur.plans import Artifact, Mend, Plan
 from secateur.spaces import BlockView, Kind, Space, all_spaces
 
 Output = Literal["dense", "dense-per-layer", "zeros", "factors", "runtime", "index"]
@@ -38,6 +42,43 @@ def worth(output: Output, layout: Layout) -> str:
     return f"{kind}: {WORTH[kind]}"
 
 
+class Trials(Protocol):
+    """The network on the calibration text with some tensors edited: canonical tensors in dense shape, by name."""
+
+    def loss(self, edits: Mapping[str, Tensor] | None = None) -> float:
+        """Mean negative log-likelihood per predicted token, in nats."""
+
+    def settle(self, edits: Mapping[str, Tensor] | None = None) -> float:
+        """The same, and trials after it run from the first block in which they differ from these edits."""
+
+    def gradients(self, edits: Mapping[str, Tensor] | None = None, squares: bool = False) -> Iterator[Gradients]:
+        """Gradients of the mean loss, place by place, the stem first and then the blocks from the last to the first."""
+
+    def network(self) -> AbstractContextManager[nn.Module]:
+        """The whole stock model, loaded and frozen."""
+
+    @property
+    def count(self) -> int:
+        """Losses asked for so far."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Derivatives of the mean loss with respect to the tensors of one place.
+
+    Attributes:
+        place: block index, or None for the head and the final norm.
+        mean: gradient of every canonical tensor.
+        squares: mean over windows of the squared gradients of each window's loss; empty unless asked for.
+        influence: how much the block changes its input (:class:`secateur.evidence.Influence`); empty for the stem.
+    """
+
+    place: Block
+    mean: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor]
+    influence: Tensor
+
+
 @dataclass
 class Study:
     """What a decision may look at.
@@ -48,6 +89,8 @@ class Study:
         view: loads the tensors of a place, of some roles only.
         summaries: what ``score`` returned, by name, in the order of the places; loaded on access.
         artifacts: what the method's ``files`` named, loaded.
+        trials: losses and gradients of the network on the calibration text; only of methods with ``data``.
+        ids: the calibration windows, [count, length]; empty without data.
         progress: report (done, of, what) of a long decision.
     """
 
@@ -56,7 +99,15 @@ class Study:
     view: Callable[[Block, tuple[str, ...] | None], BlockView]
     summaries: Mapping[str, Iterable[Tensor]] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    make_trials: Callable[[], Trials] | None = None
+    ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
+
+    @cached_property
+    def trials(self) -> Trials:
+        if self.make_trials is None:
+            raise InternalError("no-trials", "a trial on calibration text", "the method did not ask for data")
+        return self.make_trials()
 
     def spaces(self, kind: Kind) -> list[Space]:
         """All spaces of a kind, in the order of the blocks."""
@@ -69,7 +120,10 @@ class Method(BaseModel):
     Class attributes:
         name, title, paper: identity and source.
         data: whether calibration text is needed.
-        evidence: statistics the engine gathers for ``score``: ``stream`` is the Gram of every norm's input.
+        evidence: statistics of the dense model that the engine gathers for ``score``, by the names of
+            ``secateur.engine.taps``: ``stream``, ``influence``, ``ROLE.gram``, ``ROLE.moments``.
+        order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
+            (``sequential``).
         output: what kind of result it writes.
         ours: set where the method or a variant is Secateur's own.
     """
@@ -81,6 +135,7 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     data: ClassVar[Literal["none", "text"]] = "none"
     evidence: ClassVar[frozenset[str]] = frozenset()
+    order: ClassVar[Literal["dense", "sequential"]] = "dense"
     output: ClassVar[Output] = "dense"
 
     sparsity: Fraction | None = Field(
@@ -95,6 +150,14 @@ class Method(BaseModel):
     @property
     def roles(self) -> tuple[str, ...] | None:
         """Roles whose tensors ``score`` reads; None for all, empty for none."""
+        return ()
+
+    @property
+    def mends(self) -> tuple[frozenset[str], ...]:
+        """Statistics gathered for each stage of ``mend``; none: the plan is complete without it.
+
+        In the order ``sequential`` every stage is gathered behind the edits of those before it.
+        """
         return ()
 
     def in_layout(self, layout: Layout) -> Self:
@@ -116,6 +179,21 @@ class Method(BaseModel):
     def decide(self, study: Study) -> Plan:
         """The plan, given all summaries."""
         raise NotImplementedError
+
+    def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:
+        """What one block keeps and how its survivors are repaired, given statistics of its signals.
+
+        Args:
+            view: the dense tensors of the block, edits of its earlier stages applied.
+            evidence: what ``mends[stage]`` names.
+            plan: the decision so far: the sizes, and what ``decide`` kept already.
+            stage: index into ``mends``.
+
+        Returns:
+            Kept units and edits to add to the plan. Edits are canonical tensors in dense shape, zero where they read
+            what is removed, so that a block with them computes what the pruned one will.
+        """
+        return Mend()
 
     def _solve(self, budget: Budget, kind: Kind, base: Sizes | None = None) -> Sizes:
         if self.sparsity is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
+    "fasp": "secateur.methods.fasp:Fasp",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",

@@ -1,4 +1,4 @@
-"""The plan: kept units per space, optional bases of the residual stream, sizes before and after."""
+"""The plan: kept units per space, edits of what survives, bases of the residual stream, sizes before and after."""
 
 from __future__ import annotations
 
@@ -64,6 +64,68 @@ class Artifact:
 
 
 _BASES = "plan-bases.safetensors"
+_EDITS = "plan-edits-{place}.safetensors"
+
+
+@dataclass(frozen=True)
+class Mend:
+    """What a method decides about one place while it is swept.
+
+    Attributes:
+        kept: kept units of its spaces, as in a plan.
+        edits: canonical tensors of the place that take the source's place, as in a plan.
+    """
+
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Edits(Mapping[str, Tensor]):
+    """Edited tensors in a folder, one file per place, each loaded when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob(_EDITS.format(place="*"))):
+            with safe_open(path, "pt") as handle:
+                self._files.update(dict.fromkeys(handle.keys(), path))
+
+    def write(self, place: str, edits: Mapping[str, Tensor]) -> str:
+        """Put the edits of a place into its file, in one step; returns the SHA-256 of the file."""
+        path = self.folder / _EDITS.format(place=place)
+        temporary = path.with_suffix(".new")
+        save_file({name: tensor.contiguous() for name, tensor in edits.items()}, temporary)
+        temporary.replace(path)
+        self._files.update(dict.fromkeys(edits, path))
+        return file_digest(path)
+
+    def digest(self, place: str) -> str:
+        """SHA-256 of the file of a place; empty where there is none."""
+        path = self.folder / _EDITS.format(place=place)
+        return file_digest(path) if path.is_file() else ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], "pt") as handle:
+            found: Tensor = handle.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def place_of(name: str) -> str:
+    """``stem`` or ``blocks.I`` of a canonical name."""
+    parts = name.split(".")
+    return parts[0] if parts[0] == "stem" else ".".join(parts[:2])
 
 
 class _Bases(Mapping[str, Tensor]):
@@ -101,6 +163,9 @@ class Plan:
         bases: orthonormal directions of the residual stream that survive, [width, kept] float64: one called
             ``residual`` for all norms, or one for each (``cuts.stream.interfaces``), loaded on access; none where the
             stream is cut by selection (``kept["residual"]``) or not at all.
+        edits: canonical tensors that take the source's place before anything is cut, in the shape they have there, by
+            name: the mends. What is removed afterwards is zero in the matrices that read it, so the edited model
+            computes what the pruned one does. A name the source does not have is a tensor the pruned model adds.
         notes: what the method wants the report to say, JSON-able.
         charts: what it wants the report to draw.
         artifacts: what the method learned and a later run can reuse, by name; saved into the output folder.
@@ -110,6 +175,7 @@ class Plan:
     after: Sizes
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     charts: Sequence[Chart] = ()
@@ -125,8 +191,13 @@ class Plan:
         kept = self.kept.get("blocks")
         return list(range(len(self.before.blocks))) if kept is None else [int(i) for i in kept]
 
+    def edits_of(self, place: int | None) -> dict[str, Tensor]:
+        """The edits of one place, loaded."""
+        wanted = "stem" if place is None else f"blocks.{place}"
+        return {name: self.edits[name] for name in self.edits if place_of(name) == wanted}
+
     def save(self, folder: Path) -> str:
-        """Write ``plan.safetensors`` and ``plan.json``; returns the SHA-256 over both."""
+        """Write ``plan.safetensors``, ``plan.json`` and what lies beside them; returns the SHA-256 over all."""
         tensors = {f"kept.{name}": indices.contiguous() for name, indices in self.kept.items()}
         # a plan without tensors still writes the file, so that a half-written plan is told apart
         save_file(tensors or {"empty": torch.zeros(0)}, folder / "plan.safetensors")
@@ -146,6 +217,9 @@ class Plan:
             )
             for name in self.bases:
                 writer.write(name, self.bases[name])
+        if not (isinstance(self.edits, Edits) and self.edits.folder == folder):
+            for place in dict.fromkeys(map(place_of, self.edits)):
+                Edits(folder).write(place, {n: self.edits[n] for n in self.edits if place_of(n) == place})
         (folder / "plan.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return self.digest(folder)
 
@@ -153,10 +227,10 @@ class Plan:
     def digest(folder: Path) -> str:
         """SHA-256 over a saved plan."""
         sha = hashlib.sha256()
-        for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES):
+        edits = sorted(folder.glob(_EDITS.format(place="*")))
+        for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES, *edits):
             if path.is_file():
-                with path.open("rb") as handle:
-                    sha.update(hashlib.file_digest(handle, "sha256").digest())
+                sha.update(bytes.fromhex(file_digest(path)))
         return sha.hexdigest()
 
     @classmethod
@@ -170,6 +244,7 @@ class Plan:
             after=sizes_of(record["after"]),
             kept=kept,
             bases=_Bases(folder / _BASES) if (folder / _BASES).is_file() else {},
+            edits=Edits(folder),
             notes=record["notes"],
             charts=[Chart.from_dict(chart) for chart in record["charts"]],
             artifacts={name: Artifact.load(folder / f"{name}.safetensors") for name in record["artifacts"]},

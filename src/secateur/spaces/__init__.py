@@ -91,6 +91,26 @@ class Member:
         return self.axis == 0
 
 
+@dataclass(frozen=True)
+class Reader:
+    """The matrix that reads the units of a space.
+
+    Attributes:
+        name: its canonical name.
+        key: what the evidence calls its inputs: its role, ``experts.E.ROLE`` in an expert.
+        values: [out, units * span].
+        span: its columns that one unit covers.
+    """
+
+    name: str
+    key: str
+    values: Tensor
+    span: int
+
+
+_READERS: dict[Kind, str] = {"ffn": "down", "kv": "out", "heads": "out"}
+
+
 class BlockView:
     """What a method sees of one place: its canonical tensors and its spaces.
 
@@ -109,6 +129,14 @@ class BlockView:
     def matrix(self, role: str, expert: Expert = None) -> Tensor | None:
         """The [out, in] matrix of a role, None where the block has none."""
         return self.tensors.get(canonical_name(self.place, role, "weight", expert))
+
+    def reader(self, space: Space) -> Reader:
+        """The matrix of this place that reads the units of a space of FFN neurons or heads."""
+        role = _READERS[space.kind]
+        name = canonical_name(self.place, role, "weight", space.expert)
+        key = role if space.expert is None else f"experts.{space.expert}.{role}"
+        values = self.tensors[name]
+        return Reader(name, key, values, values.shape[1] // space.size)
 
     def members(self, space: Space) -> Iterator[Member]:
         """Every tensor of this place that the space runs through."""

@@ -1,0 +1,137 @@
+"""The sweep that mends: block by block, gather behind the cuts so far, let the method cut and mend, go on behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.checkpoints import Checkpoint
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.journal import Journal
+from secateur.engine.progress import Progress
+from secateur.engine.taps import Taps
+from secateur.engine.walk import Walk
+from secateur.families import Architecture, place_name
+from secateur.methods.base import Method
+from secateur.plans import Edits, Mend, Plan
+from secateur.plans.plan import file_digest
+from secateur.spaces import BlockView
+
+
+class MendSweep:
+    """Complete a plan with what ``Method.mend`` says of every block.
+
+    Args:
+        checkpoint: the dense model.
+        method: whose ``mend`` to call.
+        folder: the work folder; the edits lie there, one file per block.
+        journal: records every finished block.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, method: Method, folder: Path, journal: Journal, progress: Progress
+    ) -> None:
+        self.checkpoint, self.method, self.folder = checkpoint, method, folder
+        self.journal, self.progress = journal, progress
+        self._edits = Edits(folder)
+        self._done = {r["block"] for r in journal.done("mend") if self._digests(r["block"]) == r["sha256"]}
+
+    @property
+    def _architecture(self) -> Architecture:
+        return self.checkpoint.architecture
+
+    def _kept_file(self, block: int) -> Path:
+        return self.folder / f"kept-{block}.safetensors"
+
+    def _digests(self, block: int) -> list[str]:
+        path = self._kept_file(block)
+        return [self._edits.digest(place_name(block)), file_digest(path) if path.is_file() else ""]
+
+    def run(self, plan: Plan, ids: Tensor, runner: BlockRunner) -> Plan:
+        """The plan with all kept units and edits."""
+        blocks = len(self._architecture.sizes.blocks)
+        if stem := plan.edits_of(None):
+            self._edits.write(place_name(None), stem)
+        if len(self._done) < blocks:
+            self.progress.start("mend", blocks)
+            walk = Walk(self.checkpoint, runner, ids, self.folder, self.journal, "mended")
+            walk.resume(next(b for b in range(blocks) if b not in self._done))
+            while walk.block < blocks:
+                block = walk.block
+                if block in plan.blocks:
+                    self._pass(walk, plan)
+                else:
+                    walk.block += 1  # a block that goes changes nothing on the way
+                self.progress.step(block + 1)
+            walk.close()
+        kept = dict(plan.kept)
+        for block in range(blocks):
+            if self._kept_file(block).is_file():
+                kept.update(load_file(self._kept_file(block)))
+        kept.pop("", None)
+        return replace(plan, kept=kept, edits=Edits(self.folder))
+
+    def _pass(self, walk: Walk, plan: Plan) -> None:
+        """Take one block from the signal in front of it to that behind it."""
+        block = walk.block
+        decided = plan.edits_of(block)
+        source = self.checkpoint.read(block)
+        dense = {**source, **{name: tensor for name, tensor in decided.items() if name in source}}
+        if block in self._done:
+            made = {name: self._edits[name] for name in self._edits if name in dense}
+            walk.run(dense if self.method.order == "dense" else {**dense, **made})
+            return
+        if self.method.order == "dense":
+            taps = Taps(walk.runner, block, frozenset().union(*self.method.mends))
+            walk.run(dense, taps)
+            evidence, mend = taps.evidence(), Mend(edits=decided)
+            for stage in range(len(self.method.mends)):
+                mend = self._mended(block, dense, evidence, plan, stage, mend)
+            self._finish(block, mend)
+            return
+        mend = Mend(edits=decided)
+        for stage, wanted in enumerate(self.method.mends):
+            taps = Taps(walk.runner, block, wanted)
+            walk.run({**dense, **_known(mend, dense)}, taps, advance=False)
+            mend = self._mended(block, dense, taps.evidence(), plan, stage, mend)
+        walk.run({**dense, **_known(self._finish(block, mend), dense)})
+
+    def _mended(
+        self,
+        block: int,
+        dense: Mapping[str, Tensor],
+        evidence: Mapping[str, Tensor],
+        plan: Plan,
+        stage: int,
+        mend: Mend,
+    ) -> Mend:
+        """One stage more."""
+        view = BlockView(self._architecture, block, {**dense, **_known(mend, dense)})
+        added = self.method.mend(view, evidence, plan, stage)
+        return Mend({**mend.kept, **added.kept}, {**mend.edits, **added.edits})
+
+    def _finish(self, block: int, mend: Mend) -> Mend:
+        """Write what was decided about a block; returns it as it will be read."""
+        wide = {
+            name: tensor.to(torch.float64 if self._stored(name) == "F64" else torch.float32).cpu()
+            for name, tensor in mend.edits.items()
+        }
+        self._edits.write(place_name(block), wide)
+        save_file(
+            {n: t.contiguous().cpu() for n, t in mend.kept.items()} or {"": torch.zeros(0)}, self._kept_file(block)
+        )
+        self.journal.add("mend", block=block, sha256=self._digests(block))
+        return Mend(mend.kept, wide)
+
+    def _stored(self, name: str) -> str:
+        return self.checkpoint.dtypes.get(name, "F32")
+
+
+def _known(mend: Mend, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Edits of tensors that the dense block has too, in the types they have there."""
+    return {name: tensor for name, tensor in mend.edits.items() if name in dense}

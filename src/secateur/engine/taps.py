@@ -1,0 +1,139 @@
+"""Taps: hooks on the modules of one block that feed what they see into evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.engine.blocks import BlockRunner
+from secateur.errors import InternalError
+from secateur.evidence import Influence, Moments
+from secateur.families import Block, Packed
+
+STREAM, INFLUENCE = "stream", "influence"
+_SECOND = ("gram", "moments")
+
+
+class Taps:
+    """What a method's evidence asks for at one place, gathered while the block runs.
+
+    ``stream`` is the Gram of every norm's input, named by the norm's role; ``ROLE.gram`` and ``ROLE.moments`` are
+    taken from the inputs of a role's matrix (``down.gram``, or ``experts.E.down.gram`` of every expert, see
+    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block.
+
+    Args:
+        runner: whose block runs.
+        block: which; None for the stem, whose final norm and head have inputs.
+        wanted: the names above; those of roles that are not there are passed over.
+    """
+
+    def __init__(self, runner: BlockRunner, block: Block, wanted: Collection[str]) -> None:
+        self._runner, self._block, self._architecture = runner, block, runner.architecture
+        self._influence = Influence() if INFLUENCE in wanted and block is not None else None
+        self._norms: dict[str, Moments] = {}
+        self._inputs: dict[str, Moments] = {}
+        self._stacked: dict[str, Packed] = {}
+        self._modules: dict[str, nn.Module] = {}
+        if STREAM in wanted:
+            for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
+                self._norms[role] = Moments(self._architecture.sizes.residual, runner.device)
+        for name in sorted(wanted):
+            role, _, kind = name.rpartition(".")
+            if kind in _SECOND:
+                self._tap_inputs(role, kind == "gram")
+
+    def _tap_inputs(self, role: str, gram: bool) -> None:
+        for packed in self._architecture.packed_of(self._block):
+            for canonical in packed.canonical:
+                tensor = self._architecture.tensors[canonical]
+                if (tensor.role, tensor.kind) != (role, "weight"):
+                    continue
+                key = role if tensor.expert is None else f"experts.{tensor.expert}.{role}"
+                width = self._architecture.shapes[canonical][1]
+                self._inputs[key] = Moments(width, self._runner.device, gram)
+                if packed.stacked:
+                    self._stacked[role] = packed
+                else:
+                    self._modules[key] = self._runner.model.get_submodule(packed.name.rpartition(".")[0])
+
+    @property
+    def collectors(self) -> list[Moments]:
+        return [*self._norms.values(), *self._inputs.values()]
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Gather from every call of the block inside."""
+        with ExitStack() as stack:
+            for role, moments in self._norms.items():
+                stack.enter_context(_fed(self._runner.norm_on_stream(role, self._block), moments.add))
+            for key, module in self._modules.items():
+                stack.enter_context(_fed(module, self._inputs[key].add))
+            if self._stacked:
+                stack.enter_context(self._runner.experts_one_by_one())
+                places = {role: self._parameter(packed) for role, packed in self._stacked.items()}
+                stack.enter_context(_Experts(places, self._inputs))
+            yield
+
+    def _parameter(self, packed: Packed) -> nn.Parameter:
+        return self._runner.parameter(packed)
+
+    def see_stream(self, signal: Tensor) -> None:
+        """Take note of what the final norm reads."""
+        self._norms["final_norm"].add(signal)
+
+    def compare(self, before: Tensor, after: Tensor) -> None:
+        """Take note of what entered and what left the block."""
+        if self._influence is not None:
+            self._influence.add(before, after)
+
+    def close_shard(self) -> None:
+        """End a logical shard of the data."""
+        for collector in self.collectors:
+            collector.close_shard()
+
+    def evidence(self) -> dict[str, Tensor]:
+        """Everything gathered, by name."""
+        found = {role: moments.second for role, moments in self._norms.items()}
+        for key, moments in self._inputs.items():
+            found.update(moments.named(key))
+        return found if self._influence is None else {**found, **self._influence.named()}
+
+
+@contextmanager
+def _fed(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        take(inputs[0])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Experts(TorchFunctionMode):
+    """Sees the products with one expert's slice of a stacked parameter, where no module stands to be hooked."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], inputs: Mapping[str, Moments]) -> None:
+        super().__init__()
+        self._places = {p.untyped_storage().data_ptr(): (role, p) for role, p in parameters.items()}
+        self._inputs = inputs
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("linear", "matmul", "__matmul__") and len(args) > 1 and isinstance(args[1], Tensor):
+            weight = args[1]
+            found = self._places.get(weight.untyped_storage().data_ptr())
+            if found is not None and weight.ndim == 2:
+                role, parameter = found
+                expert = weight.storage_offset() // parameter.stride(0)
+                self._inputs[f"experts.{expert}.{role}"].add(args[0])
+            elif found is not None:
+                raise InternalError("experts", f"the inputs of {found[0]}", "the experts do not run one by one")
+        return func(*args, **(kwargs or {}))

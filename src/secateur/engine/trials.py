@@ -1,0 +1,274 @@
+"""Trials: the whole network with some tensors edited, on the calibration text: its loss and its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.checkpoints import Checkpoint
+from secateur.engine.activations import Activations
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.journal import Journal
+from secateur.errors import refuse
+from secateur.evidence import Influence
+from secateur.families import Block
+from secateur.methods.base import Gradients
+from secateur.plans.plan import place_of
+
+_RESIDENT = 2 * 2**30  # bytes of weights that stay loaded from one trial to the next
+_REMEMBERED = 2**31  # bytes of signals in front of the blocks that stay
+
+Edited = Mapping[str, Tensor]
+
+
+class CalibrationTrials:
+    """Runs the stock model block by block with edited tensors; weights of small models stay loaded.
+
+    Args:
+        checkpoint: the dense model.
+        ids: [count, length] calibration windows.
+        dtype, device: of the computation.
+        folder: where large signals are kept.
+        journal: losses are recorded, so that an interrupted run does not compute them again.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        folder: Path,
+        journal: Journal,
+    ) -> None:
+        self._checkpoint, self._ids, self._folder, self._journal = checkpoint, ids, folder, journal
+        self._runner = BlockRunner(checkpoint.architecture, dtype, device, checkpoint.rest())
+        self._resident = checkpoint.params * dtype.itemsize <= _RESIDENT
+        self._weights: dict[Block, dict[str, Tensor]] = {}
+        self._loaded: dict[Block, dict[str, Tensor]] = {}
+        self._recorded = [float(record["loss"]) for record in journal.done("trial")]
+        self._count = 0
+        self._base: Edited = {}
+        self._signals: list[Tensor] = []
+        self._activations: Activations | None = None
+        self._first: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Losses asked for so far."""
+        return self._count
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, place: Block) -> dict[str, Tensor]:
+        if not self._resident:
+            return self._checkpoint.read(place)
+        if place not in self._weights:
+            self._weights[place] = self._checkpoint.read(place)
+        return self._weights[place]
+
+    def _load(self, place: Block, edits: Edited) -> None:
+        """Bring the modules of a place in line with the edits of it."""
+        dense = self._read(place)
+        mine = {name: tensor for name, tensor in edits.items() if name in dense}
+        before = self._loaded.get(place)
+        same = before is not None and before.keys() == mine.keys() and all(before[n] is mine[n] for n in mine)
+        if not same:
+            self._runner.load(place, {**dense, **mine})
+            self._loaded[place] = mine
+
+    def _free(self, place: Block) -> None:
+        if not self._resident:
+            self._runner.unload(place)
+            self._loaded.pop(place, None)
+
+    def _start(self, edits: Edited) -> Activations:
+        """Signals in front of the first block."""
+        self._load(None, edits)
+        edited = any(map(_before_blocks, edits))
+        if self._activations is None:
+            self._activations = Activations(self._ids, self._runner, self._folder / "trials.bin")
+        if edited or self._first is None:
+            self._activations.capture()
+            self._first = None if edited else self._activations.values.clone()
+        else:
+            self._activations.values.copy_(self._first)
+        return self._activations
+
+    # -- losses ----------------------------------------------------------------------------------------------------
+
+    def loss(self, edits: Edited | None = None) -> float:
+        """Mean negative log-likelihood per predicted token with ``edits`` in place, in nats.
+
+        Args:
+            edits: canonical tensors in dense shape, by name.
+        """
+        return self._recorded_or(edits or {}, False)
+
+    def settle(self, edits: Edited | None = None) -> float:
+        """The loss with ``edits``, from which the next trials start: they run from the first block that differs."""
+        self._base, self._signals = dict(edits or {}), []
+        return self._recorded_or(self._base, True)
+
+    def _recorded_or(self, edits: Edited, remember: bool) -> float:
+        self._count += 1
+        if self._count <= len(self._recorded):
+            return self._recorded[self._count - 1]
+        value = self._loss(edits, remember)
+        self._journal.add("trial", loss=value)
+        return value
+
+    def _loss(self, edits: Edited, remember: bool) -> float:
+        blocks = len(self._runner.blocks)
+        changed = {n for n in {*edits, *self._base} if edits.get(n) is not self._base.get(n)}
+        places = {place_of(name) for name in changed}
+        start = next((b for b in range(blocks) if f"blocks.{b}" in places), blocks - 1)
+        if not self._signals or any(map(_before_blocks, changed)) or self._activations is None:
+            start, activations = 0, self._start(edits)
+        else:
+            activations = self._activations
+            self._load(None, edits)
+            activations.values.copy_(self._signals[start])
+        remember = remember and activations.values.numel() * activations.values.itemsize * blocks <= _REMEMBERED
+        for block in range(start, blocks):
+            if remember:
+                self._signals.append(activations.values.clone())
+            self._advance(activations, block, edits)
+        total, count = 0.0, 0
+        for batch in activations.batches:
+            ids = self._ids[batch]
+            logits = self._runner.logits(ids, activations.values[batch].to(self._runner.device))
+            total += float(_negative_log_likelihood(logits, ids))
+            count += ids[:, 1:].numel()
+        mean = total / count
+        return mean if math.isfinite(mean) else math.inf
+
+    def _advance(self, activations: Activations, block: int, edits: Edited) -> None:
+        self._load(block, edits)
+        for batch in activations.batches:
+            hidden = activations.values[batch].to(self._runner.device)
+            output = self._runner.run(block, hidden, activations.call(batch, block))
+            activations.values[batch] = output.to(activations.values.device)
+        self._free(block)
+
+    # -- gradients -------------------------------------------------------------------------------------------------
+
+    def gradients(self, edits: Edited | None = None, squares: bool = False) -> Iterator[Gradients]:
+        """Gradients of the mean loss, place by place from the head to the first block, by recomputing each block.
+
+        Never more than one block's gradients are held. Those of the token embedding are not computed.
+
+        Args:
+            edits: canonical tensors in dense shape, by name.
+            squares: also the mean over windows of the squared gradients of each window.
+        """
+        edits = edits or {}
+        runner, blocks = self._runner, len(self._runner.blocks)
+        activations = self._start(edits)
+        inputs = self._signals_file(activations, blocks + 1)
+        influences = []
+        for block in range(blocks):
+            inputs[block] = activations.values
+            self._advance(activations, block, edits)
+            influence = Influence()
+            for batch in activations.batches:
+                influence.add(inputs[block][batch], activations.values[batch])
+            influences.append(influence.named()["influence"])
+        inputs[blocks] = activations.values
+        rows = [slice(i, i + 1) for i in range(len(self._ids))] if squares else activations.batches
+        backward = torch.empty_like(activations.values)
+        for place in (None, *reversed(range(blocks))):
+            self._load(place, edits)
+            collector = _Collector(runner, place, squares, len(self._ids))
+            signals = inputs[blocks if place is None else place]
+            for batch in rows:
+                hidden = signals[batch].to(runner.device).requires_grad_(True)
+                with torch.enable_grad():
+                    if place is None:
+                        ids = self._ids[batch]
+                        predicted = self._ids[:, 1:].numel()
+                        output = _negative_log_likelihood(runner.logits_of(ids, hidden), ids) / predicted
+                        given = None
+                    else:
+                        containing = next(b for b in activations.batches if b.start <= batch.start < b.stop)
+                        call = activations.call_for(containing, batch, place)
+                        output, given = runner.compute(place, hidden, call), backward[batch].to(runner.device)
+                    found = torch.autograd.grad(output, [hidden, *collector.parameters], given, allow_unused=True)
+                assert found[0] is not None
+                backward[batch] = found[0].to(backward.device)
+                collector.add(found[1:])
+            influence_of = torch.zeros(0) if place is None else influences[place]
+            yield Gradients(place, *collector.close(), influence_of)
+            if place is not None:
+                self._free(place)
+
+    def _signals_file(self, activations: Activations, count: int) -> Tensor:
+        values = activations.values
+        if values.numel() * count * values.itemsize <= _REMEMBERED // 4:
+            return values.new_empty(count, *values.shape)
+        path = self._folder / "signals.bin"
+        flat = torch.from_file(str(path), shared=True, size=values.numel() * count, dtype=values.dtype)
+        return flat.view(count, *values.shape)
+
+    # -- the network -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def network(self) -> Iterator[nn.Module]:
+        """The whole stock model, loaded and frozen, for methods that learn gates on it.
+
+        Raises:
+            RequestError: it does not fit in memory.
+        """
+        if not self._resident and self._runner.device.type == "cpu":
+            found = f"its weights take more than {_RESIDENT / 2**30:.0f} GiB, and gates are learned on the whole model"
+            refuse("too-large", "learning on this model", found, "--device cuda, or a method without learning")
+        for place in self._checkpoint.architecture.places:
+            self._load(place, {})
+        yield self._runner.model
+
+
+class _Collector:
+    """Sums the gradients of one place's parameters over windows."""
+
+    def __init__(self, runner: BlockRunner, place: Block, squares: bool, windows: int) -> None:
+        self._runner, self._squares, self._windows = runner, squares, windows
+        architecture = runner.architecture
+        self._packed = [p for p in architecture.packed_of(place) if "stem.embedding.weight" not in p.canonical]
+        if place is None:
+            self._packed = [p for p in self._packed if "stem.positions.weight" not in p.canonical]
+        self.parameters = [runner.parameter(packed).requires_grad_(True) for packed in self._packed]
+        self._mean = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+        self._square = [torch.zeros_like(mean) for mean in self._mean] if squares else []
+
+    def add(self, gradients: tuple[Tensor | None, ...]) -> None:
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._mean[index] += gradient
+                if self._squares:  # of the loss of this window alone, not of its share of the mean
+                    self._square[index] += (gradient.float() * self._windows).square() / self._windows
+
+    def close(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+        shapes = self._runner.architecture.shapes
+        both: list[dict[str, Tensor]] = [{}, {}]
+        for found, sums in zip(both, (self._mean, self._square), strict=True):
+            for packed, total in zip(self._packed, sums, strict=False):
+                found.update(packed.unpack(total, shapes))
+        return both[0], both[1]
+
+
+def _before_blocks(name: str) -> bool:
+    """Whether a tensor shapes the first block's input."""
+    return name.startswith(("stem.embedding", "stem.positions"))
+
+
+def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return functional.cross_entropy(flat, ids[:, 1:].flatten().to(flat.device), reduction="sum")

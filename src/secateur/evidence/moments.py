@@ -1,0 +1,77 @@
+"""First and second moments of signals, gathered shard by shard."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4096  # rows of one float32 product; sums over chunks are float64
+
+
+class Moments:
+    """Sums over tokens of a signal x: of x x^T or of its diagonal, of x, and their number.
+
+    Products are float32 (float64 for float64 signals), sums float64. Gathered one logical shard at a time:
+    ``close_shard`` adds a shard's sums to the totals, so the order of the float64 additions does not depend on how many
+    processes share the shards.
+
+    Args:
+        width: dimensions of the signal.
+        device: where to sum.
+        gram: whether all products are summed, or the squares alone.
+    """
+
+    def __init__(self, width: int, device: torch.device, gram: bool = True) -> None:
+        shape = (width, width) if gram else (width,)
+        self.second = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.first = torch.zeros(width, dtype=torch.float64, device=device)
+        self.count = 0
+        self._shard = (torch.zeros_like(self.second), torch.zeros_like(self.first))
+
+    def add(self, signal: Tensor) -> None:
+        """Add a signal of shape [..., width]."""
+        rows = signal.detach().reshape(-1, signal.shape[-1])
+        if rows.dtype not in (torch.float32, torch.float64):
+            rows = rows.float()
+        second, first = self._shard
+        for chunk in torch.split(rows, _CHUNK):
+            second += chunk.t() @ chunk if second.ndim == 2 else chunk.square().sum(0, dtype=torch.float64)
+            first += chunk.sum(0, dtype=torch.float64)
+        self.count += len(rows)
+
+    def close_shard(self) -> None:
+        """Add the running shard to the totals and start the next."""
+        for total, part in zip((self.second, self.first), self._shard, strict=True):
+            total += part
+            part.zero_()
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """The totals: ``NAME.gram`` [n, n] or ``NAME.squares`` [n], ``NAME.sum`` [n] and ``NAME.count`` [1]."""
+        kind = "gram" if self.second.ndim == 2 else "squares"
+        count = torch.tensor([self.count], dtype=torch.float64)
+        return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": count}
+
+
+class Influence:
+    """How much a block changes what runs through it: block influence and its relatives, means over tokens.
+
+    The cosine is taken token by token, never of the first token of a window, which carries massive activations
+    (ShortGPT, arXiv:2403.03853, eq. 1).
+    """
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._count = 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Add the signals [windows, tokens, width] in front of and behind a block."""
+        one, other = (signal[:, 1:].double().flatten(0, 1) for signal in (before, after))
+        norm = one.norm(dim=1).clamp(min=1e-30)
+        cosine = ((one * other).sum(1) / (norm * other.norm(dim=1).clamp(min=1e-30))).clamp(-1, 1)
+        angle, change = torch.arccos(cosine) / torch.pi, (other - one).norm(dim=1) / norm
+        self._sums += torch.stack([(1 - cosine).sum(), angle.sum(), change.sum()]).cpu()
+        self._count += len(one)
+
+    def named(self) -> dict[str, Tensor]:
+        """``influence``: [1 - cosine, angle / pi, relative change], each a mean over tokens."""
+        return {"influence": self._sums / max(1, self._count)}

@@ -1,0 +1,42 @@
+"""Ridge least squares: the reader of a cut signal takes over what the removed units said."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.scores.ridge import ridge_factor
+
+DAMPING = 1e-2
+"""Ridge as a share of the mean of the Gram's diagonal."""
+
+
+def refit(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = DAMPING, cross: Tensor | None = None) -> Tensor:
+    """Readers W* of the kept units that come nearest to W on the data, shrunk towards W itself.
+
+    W* minimises |W* X_M - W X|^2 + delta |W* - W_M|^2, so W* = W_M + W_P G[P, M] (G[M, M] + delta I)^-1 with P the
+    removed units; delta to infinity is plain slicing, and at delta = 0 it is MoDeGPT's Nystrom step (FASP,
+    arXiv:2501.09412, sec. 3.3; MoDeGPT, arXiv:2408.09632, alg. 1).
+
+    Args:
+        weight: W, [out, n].
+        gram: G = X X^T of its inputs, [n, n]; behind cuts, of the inputs it will see.
+        kept: indices M of the units that stay.
+        damping: delta over the mean of G's diagonal.
+        cross: Y X^T, [out, n], where the outputs wanted are others than W X.
+
+    Returns:
+        [out, n] in the type of ``gram``, zero in the columns of removed units.
+    """
+    wide = weight.to(gram)
+    result = torch.zeros_like(wide)
+    part = gram[kept][:, kept]
+    factor, _ = ridge_factor(part, damping)
+    if cross is None:  # exactly nothing where the removed inputs are silent
+        removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        removed[kept] = False
+        missing = wide[:, removed] @ gram[removed][:, kept]
+    else:
+        missing = cross.to(gram)[:, kept] - wide[:, kept] @ part
+    result[:, kept] = wide[:, kept] + torch.cholesky_solve(missing.t(), factor).t()
+    return result

@@ -1,0 +1,153 @@
+"""Evidence, least squares, column scores and trials against direct computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import masking
+import models
+from conftest import Checkpoints
+from secateur.checkpoints import Checkpoint, Folder
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.journal import Journal
+from secateur.engine.taps import Taps
+from secateur.engine.trials import CalibrationTrials
+from secateur.engine.walk import Walk
+from secateur.mends import refit
+from secateur.scores.columns import column_scores
+
+DOUBLE = torch.float64
+
+
+def _data(seed: int, tokens: int = 200, width: int = 24, out: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(tokens, width, dtype=DOUBLE, generator=generator).relu()
+    return torch.randn(out, width, dtype=DOUBLE, generator=generator), signal
+
+
+@pytest.mark.parametrize("damping", [1e-9, 1e-2])
+@pytest.mark.parametrize("seed", range(3))
+def test_refit_is_the_least_squares_solution(seed: int, damping: float) -> None:
+    """Against lstsq on the signals themselves, the ridge written as extra rows that ask for the old weights."""
+    weight, signal = _data(seed)
+    kept = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:15].sort().values
+    gram = signal.t() @ signal
+    ridge = (damping * gram[kept][:, kept].diagonal().mean()).sqrt() * torch.eye(15, dtype=DOUBLE)
+    left = torch.cat([signal[:, kept], ridge])
+    right = torch.cat([signal @ weight.t(), ridge @ weight[:, kept].t()])
+    expected = torch.linalg.lstsq(left, right).solution.t()
+    found = refit(weight, gram, kept, damping)
+    assert torch.allclose(found[:, kept], expected, atol=1e-8)
+    removed = [i for i in range(24) if i not in kept.tolist()]
+    assert not found[:, removed].any()
+
+
+def test_refit_of_duplicates_is_exact_and_of_silent_columns_changes_nothing() -> None:
+    weight, signal = _data(0)
+    signal[:, 20] = signal[:, 3]
+    signal[:, 21] = 0
+    kept = torch.tensor([i for i in range(24) if i not in (20, 21)])
+    found = refit(weight, signal.t() @ signal, kept, 1e-12)
+    assert torch.allclose(signal @ found.t(), signal @ weight.t(), atol=1e-8)
+    silent = torch.tensor([i for i in range(24) if i != 21])
+    assert torch.equal(refit(weight, signal.t() @ signal, silent, 1e-2)[:, silent], weight[:, silent])
+
+
+def test_a_strong_ridge_is_plain_slicing() -> None:
+    weight, signal = _data(1)
+    kept = torch.arange(10)
+    found = refit(weight, signal.t() @ signal, kept, 1e12)
+    assert torch.allclose(found[:, :10], weight[:, :10], atol=1e-8)
+
+
+def test_column_scores_against_their_definitions() -> None:
+    """OBS is the error that least squares leave without one column; leverage the diagonal of the smoother."""
+    weight, signal = _data(2)
+    gram = signal.t() @ signal
+    wanda = column_scores(weight, gram, "wanda", 1e-2)
+    assert torch.allclose(wanda, weight.abs().sum(0) * signal.norm(dim=0))
+    leverage = column_scores(weight, gram, "leverage", 1e-2)
+    ridge = 1e-2 * gram.diagonal().mean()
+    smoother = gram @ torch.linalg.inv(gram + ridge * torch.eye(24, dtype=DOUBLE))
+    assert torch.allclose(leverage, smoother.diagonal())
+    obs = column_scores(weight, gram, "obs", 1e-12)
+    for gone in range(24):
+        kept = torch.tensor([i for i in range(24) if i != gone])
+        left = signal @ (refit(weight, gram, kept, 1e-12) - weight).t()
+        assert left.square().sum() == pytest.approx(float(obs[gone]), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_taps_see_what_the_readers_see(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Their Gram, through a matrix, is that of its outputs, hooked independently on the stock model."""
+    source = Checkpoint(Folder(checkpoint(family, DOUBLE)))
+    architecture, ids = source.architecture, models.token_ids()
+    runner = BlockRunner(architecture, DOUBLE, torch.device("cpu"), source.rest())
+    walk = Walk(source, runner, ids, tmp_path, Journal(tmp_path, {}), "walk")
+    tensors = source.read(0)
+    taps = Taps(runner, 0, {"down.gram", "out.moments", "influence"})
+    before = walk.activations.values.clone()
+    walk.run(tensors, taps)
+    evidence = taps.evidence()
+    model = models.load(checkpoint(family, DOUBLE), dtype=DOUBLE, experts_implementation="eager")
+    where, seen = models.ALL[family].where, {}
+    block = model.get_submodule(where.blocks)[0]
+    hooks = {"out": block.get_submodule(where.attention_out)}
+    if "experts.0.down.gram" not in evidence:
+        hooks["down"] = block.get_submodule(where.ffn_reader)
+    for name, module in hooks.items():
+        module.register_forward_pre_hook(lambda _, i, name=name: seen.update({name: i[0].flatten(0, -2)}))
+    masking.logits(model, ids)
+    assert torch.allclose(evidence["out.squares"], seen["out"].square().sum(0))
+    assert torch.allclose(evidence["out.sum"], seen["out"].sum(0))
+    if "down" in seen:
+        assert torch.allclose(evidence["down.gram"], seen["down"].t() @ seen["down"])
+    else:
+        visits = sum(int(evidence[f"experts.{e}.down.count"]) for e in range(architecture.sizes.blocks[0].experts))
+        assert visits == ids.numel() * architecture.sizes.active_experts
+    one, other = before[:, 1:].flatten(0, 1), walk.activations.values[:, 1:].flatten(0, 1)
+    cosine = torch.nn.functional.cosine_similarity(one, other)
+    assert evidence["influence"][0] == pytest.approx(float((1 - cosine).mean()))
+
+
+def _trials(source: Checkpoint, ids: Tensor, folder: Path) -> CalibrationTrials:
+    return CalibrationTrials(source, ids, DOUBLE, torch.device("cpu"), folder, Journal(folder, {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_trials_are_those_of_the_stock_model(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Losses, with edits and from a settled base, and gradients, against whole forward and backward passes."""
+    folder = checkpoint(family, DOUBLE)
+    source, ids = Checkpoint(Folder(folder)), models.token_ids()
+    ids = ids.repeat(9, 1)[:9].roll(1, 0) if len(ids) < 9 else ids
+    trials = _trials(source, ids, tmp_path)
+    model = models.load(folder, dtype=DOUBLE, experts_implementation="eager")
+
+    def loss() -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(flat, ids[:, 1:].flatten())
+
+    value = loss()
+    expected_loss = value.item()
+    assert trials.loss() == pytest.approx(expected_loss, rel=1e-6)
+    silent = {f"blocks.{b}.out.weight": torch.zeros_like(source.read(b)[f"blocks.{b}.out.weight"]) for b in (0, 1)}
+    one, both = {k: v for k, v in silent.items() if "blocks.1" in k}, silent
+    direct = [trials.loss(one), trials.loss(both)]
+    assert trials.settle(one) == pytest.approx(direct[0], rel=1e-9)
+    assert trials.loss(both) == pytest.approx(direct[1], rel=1e-9)
+    assert trials.settle() == pytest.approx(expected_loss, rel=1e-6)
+    assert trials.loss(one) == pytest.approx(direct[0], rel=1e-9)
+    value.backward()
+    parameters = dict(model.named_parameters())
+    for gradients in trials.gradients(squares=True):
+        for packed in source.architecture.packed_of(gradients.place):
+            if gradients.place is None and "norm" not in packed.name and "ln_f" not in packed.name:
+                continue  # a tied head shares its gradient with the embedding
+            found, wanted = packed.pack(gradients.mean), parameters[packed.name].grad
+            assert torch.allclose(found.double(), wanted, rtol=1e-3, atol=1e-6 * float(wanted.abs().max()))
+            assert set(gradients.squares) == set(gradients.mean)
