@@ -29,11 +29,14 @@ from secateur.checkpoints.writer import TensorWriter
 from secateur.cli import main
 from secateur.engine import run as run_module
 from secateur.engine import sweeps
+from secateur.engine import walk as walk_module
 from secateur.engine.journal import Journal, locked, work_folder
+from secateur.engine.mending import MendSweep
 from secateur.engine.run import Run
 from secateur.engine.sweeps import SummarySweep
+from secateur.engine.walk import Walk
 from secateur.errors import RequestError
-from secateur.plans import Plan
+from secateur.plans import Edits, Plan
 
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # a run is too slow to search for a smaller example
 
@@ -53,7 +56,9 @@ _POINTS: list[tuple[Any, str]] = [
     (Plan, "save"),
     (Plan, "load"),
     (SummarySweep, "_keep"),
-    (SummarySweep, "_gather_block"),
+    (Walk, "run"),
+    (MendSweep, "_finish"),
+    (Edits, "write"),
     (Run, "_copy_companions"),
     (run_module, "verify_output"),
     (sweeps, "save_file"),
@@ -119,6 +124,7 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
             "length": 16,
             "layout": "per-layer",
         },
+        "fasp": {"method": "fasp", "ratio": 0.15, "data": notes, "samples": 8, "length": 16},
         "blocks": {"method": "random", "ratio": 0.2, "options": {"spaces": "blocks"}},
     }
 
@@ -136,21 +142,26 @@ def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.Temp
     return found
 
 
-@pytest.mark.parametrize("name", ["magnitude", "slicegpt", "blocks"])
-@settings(max_examples=8, phases=_PHASES)
+@pytest.mark.parametrize("copies", [False, True], ids=["", "copies"])
+@pytest.mark.parametrize("name", ["magnitude", "slicegpt", "fasp", "blocks"])
+@settings(max_examples=6, phases=_PHASES)
 @given(data=st.data())
 def test_killed_at_random_points(
     name: str,
+    copies: bool,
     checkpoint: Checkpoints,
     notes: Path,
     straight: Straight,
     data: st.DataObject,
 ) -> None:
-    """One or two kills, one after the other, then a run to the end."""
+    """One or two kills, one after the other, then a run to the end; with copies of the signal behind every block."""
+    if copies and name not in ("slicegpt", "fasp"):
+        pytest.skip("it has no signal")
     request = requests(notes)[name]
     wanted, ticks = straight[name]
     kills = data.draw(st.lists(st.integers(1, ticks), min_size=1, max_size=2), label="kills")
-    with tempfile.TemporaryDirectory() as temporary:
+    often = mock.patch.object(walk_module, "_SAVE_EVERY", -1.0 if copies else 1e9)
+    with tempfile.TemporaryDirectory() as temporary, often:
         out = Path(temporary) / "out"
         for kill in kills:
             if out.exists():
