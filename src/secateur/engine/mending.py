@@ -18,6 +18,7 @@ from secateur.engine.taps import Taps
 from secateur.engine.walk import Walk
 from secateur.families import Architecture, place_name
 from secateur.methods.base import Method
+from secateur.methods.charts import score_charts
 from secateur.plans import Edits, Mend, Plan
 from secateur.plans.plan import file_digest
 from secateur.spaces import BlockView
@@ -69,12 +70,14 @@ class MendSweep:
                     walk.block += 1  # a block that goes changes nothing on the way
                 self.progress.step(block + 1)
             walk.close()
-        kept = dict(plan.kept)
+        found: dict[str, dict[str, Tensor]] = {"kept": dict(plan.kept), "score": {}}
         for block in range(blocks):
             if self._kept_file(block).is_file():
-                kept.update(load_file(self._kept_file(block)))
-        kept.pop("", None)
-        return replace(plan, kept=kept, edits=Edits(self.folder))
+                for name, tensor in load_file(self._kept_file(block)).items():
+                    kind, _, space = name.partition(".")
+                    found.setdefault(kind, {})[space] = tensor
+        charts = score_charts(found["score"], found["kept"]) if found["score"] else ()
+        return replace(plan, kept=found["kept"], edits=Edits(self.folder), charts=(*plan.charts, *charts))
 
     def _pass(self, walk: Walk, plan: Plan) -> None:
         """Take one block from the signal in front of it to that behind it."""
@@ -113,7 +116,8 @@ class MendSweep:
         """One stage more."""
         view = BlockView(self._architecture, block, {**dense, **_known(mend, dense)})
         added = self.method.mend(view, evidence, plan, stage)
-        return Mend({**mend.kept, **added.kept}, {**mend.edits, **added.edits})
+        parts = ({**getattr(mend, part), **getattr(added, part)} for part in ("kept", "edits", "scores"))
+        return Mend(*parts)
 
     def _finish(self, block: int, mend: Mend) -> Mend:
         """Write what was decided about a block; returns it as it will be read."""
@@ -122,9 +126,9 @@ class MendSweep:
             for name, tensor in mend.edits.items()
         }
         self._edits.write(place_name(block), wide)
-        save_file(
-            {n: t.contiguous().cpu() for n, t in mend.kept.items()} or {"": torch.zeros(0)}, self._kept_file(block)
-        )
+        parts = {f"kept.{name}": units.contiguous().cpu() for name, units in mend.kept.items()}
+        parts.update({f"score.{name}": values.contiguous().cpu() for name, values in mend.scores.items()})
+        save_file(parts or {"none": torch.zeros(0)}, self._kept_file(block))
         self.journal.add("mend", block=block, sha256=self._digests(block))
         return Mend(mend.kept, wide)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,8 @@ from secateur.families import Architecture, Block
 from secateur.methods.base import Method
 from secateur.plans import Plan
 from secateur.spaces import BlockView
+
+Read = TypeVar("Read")
 
 
 class Summaries(Mapping[str, Iterable[Tensor]]):
@@ -89,10 +94,10 @@ class SummarySweep:
         if self.method.roles == ():
             return
         self.progress.start("score", len(self.architecture.places))
-        for number, place in enumerate(self.architecture.places, 1):
-            if place not in self._done:
-                self._keep(place, view_of(self.checkpoint, place, self.method.roles), {})
-            self.progress.step(number)
+        missing = [place for place in self.architecture.places if place not in self._done]
+        for place, view in ahead(lambda place: view_of(self.checkpoint, place, self.method.roles), missing):
+            self._keep(place, view, {})
+            self.progress.step(len(self._done))
 
     def from_data(self, ids: Tensor, runner: BlockRunner) -> None:
         """One dense forward pass, block by block; gathers what the method's ``evidence`` names."""
@@ -112,6 +117,19 @@ class SummarySweep:
         if None not in self._done:
             self._keep(None, BlockView(self.architecture, None, {}), walk.stem())
         walk.close()
+
+
+def ahead(read: Callable[[Block], Read], places: Iterable[Block]) -> Iterator[tuple[Block, Read]]:
+    """Every place with what was read of it, the next one being read while the present one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[tuple[Block, Future[Read]]] = deque()
+        for place in places:
+            waiting.append((place, reader.submit(read, place)))
+            if len(waiting) > 1:
+                before, found = waiting.popleft()
+                yield before, found.result()
+        for before, found in waiting:
+            yield before, found.result()
 
 
 def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None) -> BlockView:
@@ -142,13 +160,13 @@ def cut_sweep(
     # what an interrupted run claims is believed only if the file says the same
     intact = {name for name, digest in digests.items() if writer.digest(name) == digest}
     progress.start("cut", len(layout.pieces))
-    for number, (place, pieces) in enumerate(layout.pieces.items(), 1):
-        if not all(piece.header.name in intact for piece in pieces):
-            dense = {name: tensor.to(device) for name, tensor in checkpoint.read(place).items()}
-            tensors = cut_place(checkpoint.architecture, target, place, dense, plan)
-            written = writer.write_all({p.header.name: partial(p.packed.pack, tensors) for p in pieces})
-            digests.update(written)
-            journal.add("cut", place=place, tensors=written)
+    missing = [p for p, pieces in layout.pieces.items() if not all(piece.header.name in intact for piece in pieces)]
+    for number, (place, read) in enumerate(ahead(checkpoint.read, missing), len(layout.pieces) - len(missing) + 1):
+        dense = {name: tensor.to(device) for name, tensor in read.items()}
+        tensors = cut_place(checkpoint.architecture, target, place, dense, plan)
+        written = writer.write_all({p.header.name: partial(p.packed.pack, tensors) for p in layout.pieces[place]})
+        digests.update(written)
+        journal.add("cut", place=place, tensors=written)
         progress.step(number)
     copied = {}
     for source, header in layout.copies:

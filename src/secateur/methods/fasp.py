@@ -40,14 +40,15 @@ class Fasp(Method):
         return Plan(study.budget.sizes, self.sizes(study.budget))
 
     def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:
-        kept, edits = {}, {}
+        kept: dict[str, Tensor] = {}
+        edits: dict[str, Tensor] = {}
+        scores: dict[str, Tensor] = {}
         after = {space.name: space.size for space in all_spaces(plan.after, "ffn")}
         for space in view.spaces("ffn"):
             reader = view.reader(space)
             gram = evidence[f"{reader.key}.gram"]
-            kept[space.name] = keep_best(
-                column_scores(reader.values, gram, self.metric, self.damping), after[space.name]
-            )
+            scores[space.name] = column_scores(reader.values, gram, self.metric, self.damping)
+            kept[space.name] = keep_best(scores[space.name], after[space.name])
             if self.restore:
                 edits[reader.name] = refit(reader.values, gram, kept[space.name], self.damping)
-        return Mend(kept, edits)
+        return Mend(kept, edits, scores)

@@ -74,10 +74,12 @@ class Mend:
     Attributes:
         kept: kept units of its spaces, as in a plan.
         edits: canonical tensors of the place that take the source's place, as in a plan.
+        scores: the numbers behind ``kept``, one per unit, by space: drawn in the report.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Edits(Mapping[str, Tensor]):
