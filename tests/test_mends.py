@@ -87,7 +87,7 @@ def test_taps_see_what_the_readers_see(family: str, checkpoint: Checkpoints, tmp
     source = Checkpoint(Folder(checkpoint(family, DOUBLE)))
     architecture, ids = source.architecture, models.token_ids()
     runner = BlockRunner(architecture, DOUBLE, torch.device("cpu"), source.rest())
-    walk = Walk(source, runner, ids, tmp_path, Journal(tmp_path, {}), "walk")
+    walk = Walk(source, runner, ids, tmp_path, "walk")
     tensors = source.read(0)
     taps = Taps(runner, 0, {"down.gram", "out.moments", "influence"})
     before = walk.activations.values.clone()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.engine.blocks import BlockRunner, Call
@@ -78,15 +79,20 @@ class Activations:
         part = slice(rows.start - batch.start, rows.stop - batch.start)
         return Call(_rows(call.args, many, part), _rows(call.kwargs, many, part))
 
-    def save(self, path: Path) -> None:
-        """Keep a copy of the signal, replacing an older one in one step."""
+    def save(self, path: Path, block: int) -> None:
+        """Keep a copy of the signal in front of ``block``, replacing an older one in one step."""
         temporary = path.with_suffix(".new")
-        save_file({"values": self.values.contiguous()}, temporary)
+        save_file({"values": self.values.contiguous(), "block": torch.tensor([block])}, temporary)
         temporary.replace(path)
 
-    def restore(self, path: Path) -> None:
-        """Take the signal from a copy."""
-        self.values.copy_(load_file(path)["values"])
+    def restore(self, path: Path, limit: int) -> int:
+        """Take the signal from a copy that stands no further than in front of ``limit``; returns where it stands."""
+        with safe_open(path, "pt") as handle:
+            block = int(handle.get_tensor("block"))
+            if block > limit:
+                return 0
+            self.values.copy_(handle.get_tensor("values"))
+        return block
 
 
 def _rows(value: Any, many: int, part: slice) -> Any:

@@ -60,7 +60,7 @@ class MendSweep:
             self._edits.write(place_name(None), stem)
         if len(self._done) < blocks:
             self.progress.start("mend", blocks)
-            walk = Walk(self.checkpoint, runner, ids, self.folder, self.journal, "mended")
+            walk = Walk(self.checkpoint, runner, ids, self.folder, "mended")
             walk.resume(next(b for b in range(blocks) if b not in self._done))
             while walk.block < blocks:
                 block = walk.block

@@ -105,7 +105,7 @@ class SummarySweep:
         if not method.evidence or all(place in self._done for place in self.architecture.places):
             return
         self.progress.start("gather", blocks)
-        walk = Walk(self.checkpoint, runner, ids, self.folder, self.journal, "activations")
+        walk = Walk(self.checkpoint, runner, ids, self.folder, "activations")
         walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
         while walk.block < blocks:
             block, tensors = walk.block, self.checkpoint.read(walk.block)

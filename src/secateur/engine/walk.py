@@ -12,7 +12,6 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.engine.activations import Activations
 from secateur.engine.blocks import BlockRunner
-from secateur.engine.journal import Journal
 from secateur.engine.taps import Taps
 from secateur.errors import refuse
 
@@ -27,14 +26,11 @@ class Walk:
         runner: the stock model.
         ids: [count, length] token ids.
         folder: where large signals and copies are kept.
-        journal: records the copies, as steps called ``name``.
         name: of this walk, apart from others in the same folder.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, runner: BlockRunner, ids: Tensor, folder: Path, journal: Journal, name: str
-    ) -> None:
-        self.checkpoint, self.runner, self._journal, self._name = checkpoint, runner, journal, name
+    def __init__(self, checkpoint: Checkpoint, runner: BlockRunner, ids: Tensor, folder: Path, name: str) -> None:
+        self.checkpoint, self.runner = checkpoint, runner
         self._copy, self._saved = folder / f"{name}.safetensors", time.monotonic()
         runner.load(None, checkpoint.read(None))
         self.activations = Activations(ids, runner, folder / f"{name}.bin")
@@ -43,10 +39,8 @@ class Walk:
 
     def resume(self, limit: int) -> None:
         """Go on from the last copy of the signal, if it stands at block ``limit`` or before."""
-        saved = [record for record in self._journal.done(self._name) if record["block"] <= limit]
-        if saved and saved[-1] == self._journal.done(self._name)[-1]:
-            self.activations.restore(self._copy)
-            self.block = int(saved[-1]["block"])
+        if self._copy.is_file():
+            self.block = self.activations.restore(self._copy, limit)
 
     def run(self, tensors: Mapping[str, Tensor], taps: Taps | None = None, advance: bool = True) -> None:
         """Run the present block with ``tensors`` on all windows.
@@ -84,8 +78,7 @@ class Walk:
     def _keep(self) -> None:
         last = self.block == len(self.runner.blocks)
         if time.monotonic() - self._saved > _SAVE_EVERY and not last:
-            self.activations.save(self._copy)
-            self._journal.add(self._name, block=self.block)
+            self.activations.save(self._copy, self.block)
             self._saved = time.monotonic()
 
     def stem(self) -> dict[str, Tensor]:
