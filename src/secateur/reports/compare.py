@@ -1,0 +1,212 @@
+"""The report of a comparison: who is best at equal size, every figure, and where they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from secateur.plans import Chart
+from secateur.plans.chart import MAX_SERIES, Point
+from secateur.reports.document import Charts, Document, Paragraph, Part, Section, Table
+from secateur.reports.files import write_document
+
+REPORT: Final = "README.md"
+PAGE: Final = "report.html"
+_NOT_BETTER: Final = "not better than random"
+
+Record = Mapping[str, Any]
+
+
+def write_comparison(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write the report as Markdown and as HTML; returns the results with both paths."""
+    shown = {**results, "report": str(folder / REPORT), "page": str(folder / PAGE)}
+    write_document(describe(results), folder / REPORT, folder / PAGE)
+    return shown
+
+
+def describe(results: Record) -> Document:
+    """The report of a comparison."""
+    dense, counts = results["dense"], results["counts"]
+    layouts = list(dict.fromkeys(verdict["layout"] for verdict in results["judgement"]))
+    lead = (
+        f"{results['model']}: {dense['params']:,} parameters, perplexity {_figure(dense['perplexity'])} on held-out "
+        f"text ({dense['tokens']:,} predicted tokens, windows of {dense['context']}). "
+        f"{counts['done']} models made and measured, {counts['unreachable']} not reachable, {counts['failed']} failed."
+    )
+    sections = [Section("At equal size", [Paragraph(_RULE), *_standings(results, layouts)])]
+    charts = [chart for layout in layouts if (chart := _pareto(results, layout)) is not None]
+    if charts:
+        sections.append(Section("Perplexity against parameters", [Charts(charts)]))
+    loads = _Marks()
+    tables = [_figures(results, layout, loads) for layout in layouts]
+    sections.append(Section("Every figure", [*tables, loads.table(), Paragraph(_UNITS)]))
+    for state, title in (("unreachable", "Not reachable"), ("failed", "Failed")):
+        rows = [
+            [cell["method"], cell["layout"], f"{cell['ratio']:g}", cell["seed"], cell["why"]]
+            for cell in results["cells"]
+            if cell["state"] == state
+        ]
+        if rows:
+            head = ["method", "layout", "ratio", "seed", "why"]
+            sections.append(Section(title, [Table(head, rows, f"{title}: cells without figures", numbers=False)]))
+    sections.append(Section("Conditions", _conditions(results)))
+    return Document("Methods compared", lead, sections)
+
+
+_RULE: Final = (
+    "Each figure is a method's log-perplexity, linear in achieved parameters between its own models of that layout "
+    "and the dense one, read at the parameters that the ratio asks for. A method that did not reach so far has none; "
+    "figures marked ~ lie up to 1 % of the dense parameters past its smallest model. Seeds are averaged first."
+)
+_UNITS: Final = (
+    "Removed: share of all parameters, counted from the files. Perplexity: where there are several seeds their "
+    "geometric mean, least and most. Seconds: plan, cut and reload check of one prune, without its report. Prefill and "
+    "decode: tokens per second, and how many times those of the dense model in the same process. Memory: peak "
+    "anonymous memory of the process that pruned, the interpreter included."
+)
+
+
+# -- at equal size -----------------------------------------------------------------------------------------------------
+
+
+def _standings(results: Record, layouts: Sequence[str]) -> list[Part]:
+    parts: list[Part] = [_winners(results)]
+    by_ratio: dict[float, list[Record]] = {}
+    for verdict in results["judgement"]:
+        by_ratio.setdefault(verdict["ratio"], []).append(verdict)
+    for ratio, verdicts in by_ratio.items():
+        head = ["method", *(name for layout in layouts for name in (layout, f"{layout}: against random"))]
+        rows = []
+        for label in _by_rank(verdicts):
+            cells = [_verdict(verdict["methods"][label], label == results["baseline"]) for verdict in verdicts]
+            rows.append([label, *(text for pair in cells for text in pair)])
+        wanted = verdicts[0]["params"]
+        caption = f"Ratio {ratio:g}: perplexity at {wanted:,.0f} parameters, best first"
+        parts.append(Table(head, rows, caption))
+    return parts
+
+
+def _winners(results: Record) -> Table:
+    rows = []
+    for verdict in results["judgement"]:
+        best = verdict["best"]
+        found = ["-", "-"] if best is None else [best, _verdict(verdict["methods"][best], False)[0]]
+        rows.append([f"{verdict['ratio']:g}", verdict["layout"], f"{verdict['params']:,.0f}", *found])
+    return Table(["ratio", "layout", "parameters", "best", "perplexity"], rows, "The best method of each layout")
+
+
+def _by_rank(verdicts: Sequence[Record]) -> list[str]:
+    """Labels by their best figure in any layout, those without a figure last."""
+
+    def least(label: str) -> float:
+        found = [verdict["methods"][label]["perplexity"] for verdict in verdicts]
+        return min((value for value in found if value is not None), default=math.inf)
+
+    return sorted(verdicts[0]["methods"], key=least)
+
+
+def _verdict(figure: Record, baseline: bool) -> tuple[str, str]:
+    """The figure, and what it is beside random units."""
+    if figure["perplexity"] is None:
+        return "-", "-"
+    better = figure["better_than_random"]
+    word = "the control" if baseline else "-" if better is None else "better" if better else _NOT_BETTER
+    return f"{'~' if figure['beyond'] else ''}{_figure(figure['perplexity'])}", word
+
+
+def _pareto(results: Record, layout: str) -> Chart | None:
+    """Perplexity over parameters, one line per method from the dense model on; those beyond the limit are left out."""
+    dense = results["dense"]
+    if dense["perplexity"] is None:
+        return None
+    series: dict[str, list[Point]] = {}
+    for line in results["summary"]:
+        if line["layout"] == layout and line["state"] == "done" and line["perplexity"]["mean"] is not None:
+            points = series.setdefault(line["method"], [(float(dense["params"]), dense["perplexity"])])
+            points.append((line["params"], line["perplexity"]["mean"]))
+    if not series:
+        return None
+    shown = dict(list(series.items())[:MAX_SERIES])
+    title = f"{layout[0].upper()}{layout[1:]} layout"
+    return Chart(title, "parameters", "held-out perplexity", shown, logarithmic=True)
+
+
+# -- every figure ------------------------------------------------------------------------------------------------------
+
+
+class _Marks:
+    """Long texts of a table, told once each below it."""
+
+    def __init__(self) -> None:
+        self._marks: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        return self._marks.setdefault(text, f"[{len(self._marks) + 1}]")
+
+    def table(self) -> Table:
+        rows = [[mark, text] for text, mark in self._marks.items()]
+        return Table(["loads", "in"], rows or [["-", "-"]], "What loads the models", numbers=False)
+
+
+def _figures(results: Record, layout: str, loads: _Marks) -> Table:
+    head = ["method", "ratio", "parameters", "removed", "perplexity", "seeds", "seconds"]
+    head += ["prefill", "decode", "memory, MiB", "loads"]
+    rows = [
+        [line["method"], f"{line['ratio']:g}", *_cells(line, loads)]
+        for line in results["summary"]
+        if line["layout"] == layout
+    ]
+    return Table(head, rows, f"{layout[0].upper()}{layout[1:]} layout")
+
+
+def _cells(line: Record, loads: _Marks) -> list[str]:
+    if line["state"] != "done":
+        return ["not reachable" if line["state"] == "unreachable" else "failed", *("-" for _ in range(8))]
+    figures, seeds = line["perplexity"], str(line["seeds"])
+    quality = _figure(figures["mean"])
+    if line["seeds"] > 1 and figures["mean"] is not None:
+        quality += f" ({_figure(figures['least'])} to {_figure(figures['most'])})"
+    if line["failed"]:
+        seeds += f", {line['failed']} failed"
+    states = ", ".join(f"{runtime} {state}" for runtime, state in line["loads_in"].items())
+    return [
+        f"{line['params']:,.0f}",
+        f"{line['removed']:.2%}",
+        quality,
+        seeds,
+        f"{line['seconds']:.2f}",
+        _rate(line["prefill"]),
+        _rate(line["decode"]),
+        f"{line['peak_rss_bytes'] / 2**20:,.0f}",
+        loads.mark(states),
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None or math.isinf(value) else f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _rate(speed: Record) -> str:
+    rate = speed["tokens_per_second"]
+    return "-" if rate is None else f"{rate:,.0f} ({speed['ratio']:.2f}x)"
+
+
+def _conditions(results: Record) -> list[Part]:
+    machine = [[key, str(value)] for key, value in results["machine"].items()]
+    data, asked, dense = results["data"], results["requested"], results["dense"]
+    rows = [
+        ["held-out text", asked["text"]],
+        ["held-out text", f"SHA-256 {results['text_sha256']}"],
+        ["perplexity windows", f"{dense['tokens']:,} tokens in windows of {dense['context']}"],
+    ]
+    if data is not None:
+        rows.append(["calibration text", asked["data"]])
+        rows.append(["calibration text", f"SHA-256 of the documents read {data['sha256']}"])
+        rows.append(["calibration windows", f"{data['windows']} of {data['length']} tokens, seed {asked['seed']}"])
+    rows.append(["Secateur", results["version"]])
+    return [
+        Table(["what", "value"], machine, "The machine", numbers=False),
+        Table(["what", "value"], rows, "The texts", numbers=False),
+    ]
