@@ -77,11 +77,12 @@ class Workers:
     def _ask(self, order: dict[str, Any]) -> int | None:
         """Exit status of the job, negative for a signal; None where the server died, too."""
         if self._server is None or self._server.poll() is not None:
-            command = [sys.executable, "-m", __name__, self._module]
+            command = [sys.executable, "-P", "-m", "secateur.engine.workers", self._module]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
             # in a session of its own, because an interrupt is for us, who then end it; and without a look at the GPU
             # that would keep its children from using it
-            environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+            places = os.pathsep.join(filter(None, sys.path))  # what is found here is found there
+            environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": places}
             self._server = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         assert self._server.stdin is not None
         assert self._server.stdout is not None

@@ -35,13 +35,13 @@ def describe(results: Record) -> Document:
         f"text ({dense['tokens']:,} predicted tokens, windows of {dense['context']}). "
         f"{counts['done']} models made and measured, {counts['unreachable']} not reachable, {counts['failed']} failed."
     )
-    sections = [Section("At equal size", [Paragraph(_RULE), *_standings(results, layouts)])]
+    sections = [Section("Best at equal size", [Paragraph(_RULE), _winners(results)]), *_standings(results, layouts)]
     charts = [chart for layout in layouts if (chart := _pareto(results, layout)) is not None]
     if charts:
         sections.append(Section("Perplexity against parameters", [Charts(charts)]))
     loads = _Marks()
-    tables = [_figures(results, layout, loads) for layout in layouts]
-    sections.append(Section("Every figure", [*tables, loads.table(), Paragraph(_UNITS)]))
+    sections += [_measured(results, layout, loads) for layout in layouts]
+    sections.append(Section("About the figures", [Paragraph(_UNITS), loads.table()]))
     for state, title in (("unreachable", "Not reachable"), ("failed", "Failed")):
         rows = [
             [cell["method"], cell["layout"], f"{cell['ratio']:g}", cell["seed"], cell["why"]]
@@ -61,31 +61,31 @@ _RULE: Final = (
     "figures marked ~ lie up to 1 % of the dense parameters past its smallest model. Seeds are averaged first."
 )
 _UNITS: Final = (
-    "Removed: share of all parameters, counted from the files. Perplexity: where there are several seeds their "
-    "geometric mean, least and most. Seconds: plan, cut and reload check of one prune, without its report. Prefill and "
-    "decode: tokens per second, and how many times those of the dense model in the same process. Memory: peak "
-    "anonymous memory of the process that pruned, the interpreter included."
+    "Removed: share of all parameters, counted from the files. Perplexity: the geometric mean of the seeds, where "
+    "there are several. Seconds: plan, cut and reload check of one prune, without its report. Memory: peak anonymous memory "
+    "of the process that pruned, the interpreter included. Prefill and decode: tokens per second, and how many times "
+    "those of the dense model, taken in turns in the same process."
 )
 
 
 # -- at equal size -----------------------------------------------------------------------------------------------------
 
 
-def _standings(results: Record, layouts: Sequence[str]) -> list[Part]:
-    parts: list[Part] = [_winners(results)]
+def _standings(results: Record, layouts: Sequence[str]) -> list[Section]:
+    """One section per ratio: all methods in all layouts."""
     by_ratio: dict[float, list[Record]] = {}
     for verdict in results["judgement"]:
         by_ratio.setdefault(verdict["ratio"], []).append(verdict)
+    head = ["method", *(name for layout in layouts for name in (layout, f"{layout}: against random"))]
+    sections = []
     for ratio, verdicts in by_ratio.items():
-        head = ["method", *(name for layout in layouts for name in (layout, f"{layout}: against random"))]
         rows = []
         for label in _by_rank(verdicts):
             cells = [_verdict(verdict["methods"][label], label == results["baseline"]) for verdict in verdicts]
             rows.append([label, *(text for pair in cells for text in pair)])
-        wanted = verdicts[0]["params"]
-        caption = f"Ratio {ratio:g}: perplexity at {wanted:,.0f} parameters, best first"
-        parts.append(Table(head, rows, caption))
-    return parts
+        title = f"Ratio {ratio:g}: at {verdicts[0]['params']:,.0f} parameters"
+        sections.append(Section(title, [Table(head, rows, "Perplexity at that size, best first")]))
+    return sections
 
 
 def _winners(results: Record) -> Table:
@@ -150,47 +150,41 @@ class _Marks:
         return Table(["loads", "in"], rows or [["-", "-"]], "What loads the models", numbers=False)
 
 
-def _figures(results: Record, layout: str, loads: _Marks) -> Table:
-    head = ["method", "ratio", "parameters", "removed", "perplexity", "seeds", "seconds"]
-    head += ["prefill", "decode", "memory, MiB", "loads"]
-    rows = [
-        [line["method"], f"{line['ratio']:g}", *_cells(line, loads)]
-        for line in results["summary"]
-        if line["layout"] == layout
-    ]
-    return Table(head, rows, f"{layout[0].upper()}{layout[1:]} layout")
+def _measured(results: Record, layout: str, loads: _Marks) -> Section:
+    """What came out of each method at each ratio, and what it costs."""
+    lines = [line for line in results["summary"] if line["layout"] == layout]
+    named = [[line["method"], f"{line['ratio']:g}"] for line in lines]
+    quality = [[*name, *_quality(line)] for name, line in zip(named, lines, strict=True)]
+    costs = [[*name, *_costs(line, loads)] for name, line in zip(named, lines, strict=True) if line["state"] == "done"]
+    head = ["method", "ratio", "parameters", "removed", "perplexity", "least", "most", "seeds"]
+    parts: list[Part] = [Table(head, quality, "Size and quality")]
+    if costs:
+        head = ["method", "ratio", "seconds", "memory, MiB", "prefill", "x dense", "decode", "x dense", "loads"]
+        parts.append(Table(head, costs, "Cost and speed"))
+    return Section(f"{layout[0].upper()}{layout[1:]} layout", parts)
 
 
-def _cells(line: Record, loads: _Marks) -> list[str]:
+def _quality(line: Record) -> list[str]:
     if line["state"] != "done":
-        return ["not reachable" if line["state"] == "unreachable" else "failed", *("-" for _ in range(8))]
-    figures, seeds = line["perplexity"], str(line["seeds"])
-    quality = _figure(figures["mean"])
-    if line["seeds"] > 1 and figures["mean"] is not None:
-        quality += f" ({_figure(figures['least'])} to {_figure(figures['most'])})"
-    if line["failed"]:
-        seeds += f", {line['failed']} failed"
+        return ["not reachable" if line["state"] == "unreachable" else "failed", *["-"] * 5]
+    several = line["seeds"] > 1
+    spread = [_figure(line["perplexity"][key]) if several else "-" for key in ("least", "most")]
+    seeds = f"{line['seeds']}, {line['failed']} failed" if line["failed"] else f"{line['seeds']}"
+    sizes = [f"{line['params']:,.0f}", f"{line['removed']:.2%}"]
+    return [*sizes, _figure(line["perplexity"]["mean"]), *spread, seeds]
+
+
+def _costs(line: Record, loads: _Marks) -> list[str]:
+    rates = []
+    for what in ("prefill", "decode"):
+        rate, ratio = line[what]["tokens_per_second"], line[what]["ratio"]
+        rates += ["-", "-"] if rate is None else [f"{rate:,.0f}", f"{ratio:.2f}"]
     states = ", ".join(f"{runtime} {state}" for runtime, state in line["loads_in"].items())
-    return [
-        f"{line['params']:,.0f}",
-        f"{line['removed']:.2%}",
-        quality,
-        seeds,
-        f"{line['seconds']:.2f}",
-        _rate(line["prefill"]),
-        _rate(line["decode"]),
-        f"{line['peak_rss_bytes'] / 2**20:,.0f}",
-        loads.mark(states),
-    ]
+    return [f"{line['seconds']:.2f}", f"{line['peak_rss_bytes'] / 2**20:,.0f}", *rates, loads.mark(states)]
 
 
 def _figure(value: float | None) -> str:
     return "not finite" if value is None or math.isinf(value) else f"{value:.3f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _rate(speed: Record) -> str:
-    rate = speed["tokens_per_second"]
-    return "-" if rate is None else f"{rate:,.0f} ({speed['ratio']:.2f}x)"
 
 
 def _conditions(results: Record) -> list[Part]:

@@ -29,6 +29,7 @@ _CSS = {_INK: "currentColor", _RULE: "var(--rule)", **{c: f"var(--c{i})" for i, 
 _DASHES = ("solid", (0, (3.5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _MARKERS: Final = ("o", "s", "^")
 _LEGEND_ROWS: Final = 4  # that the drawing has room for
+_ROW, _FOR_MANY = 17, 160  # height of another row, and of the room that so many lines need
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "secateur", "font.sans-serif": ["DejaVu Sans"], "font.size": 12,
     "text.parse_math": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
@@ -69,7 +70,8 @@ def draw(chart: Chart, identity: str) -> str:
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has its own fonts
         columns = min(max(1, WIDTH // (7 * max(map(len, chart.series)) + 60)), len(chart.series))
         more = max(0, -(-len(chart.series) // columns) - _LEGEND_ROWS)  # the legend must not eat the drawing
-        figure = Figure(figsize=(WIDTH / 72, (HEIGHT + 17 * more) / 72), layout="constrained")
+        height = HEIGHT + (_FOR_MANY + _ROW * more if more else 0)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         (_bars if chart.kind == "bars" else _lines)(axes, chart)
         axes.set(xlabel=clean(chart.x), ylabel=clean(chart.y))
