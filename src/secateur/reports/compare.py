@@ -36,7 +36,7 @@ def describe(results: Record) -> Document:
         f"{counts['done']} models made and measured, {counts['unreachable']} not reachable, {counts['failed']} failed."
     )
     sections = [Section("Best at equal size", [Paragraph(_RULE), _winners(results)]), *_standings(results, layouts)]
-    charts = [chart for layout in layouts if (chart := _pareto(results, layout)) is not None]
+    charts = [chart for layout in layouts for chart in _pareto(results, layout)]
     if charts:
         sections.append(Section("Perplexity against parameters", [Charts(charts)]))
     loads = _Marks()
@@ -62,9 +62,9 @@ _RULE: Final = (
 )
 _UNITS: Final = (
     "Removed: share of all parameters, counted from the files. Perplexity: the geometric mean of the seeds, where "
-    "there are several. Seconds: plan, cut and reload check of one prune, without its report. Memory: peak anonymous memory "
-    "of the process that pruned, the interpreter included. Prefill and decode: tokens per second, and how many times "
-    "those of the dense model, taken in turns in the same process."
+    "there are several. Seconds: plan, cut and reload check of one prune, without its report. Memory: peak anonymous "
+    "memory of the process that pruned, the interpreter included. Prefill and decode: tokens per second, and how many "
+    "times those of the dense model, taken in turns in the same process."
 )
 
 
@@ -116,21 +116,28 @@ def _verdict(figure: Record, baseline: bool) -> tuple[str, str]:
     return f"{'~' if figure['beyond'] else ''}{_figure(figure['perplexity'])}", word
 
 
-def _pareto(results: Record, layout: str) -> Chart | None:
-    """Perplexity over parameters, one line per method from the dense model on; those beyond the limit are left out."""
+def _pareto(results: Record, layout: str) -> list[Chart]:
+    """Perplexity over parameters, one line per method from the dense model on; as many drawings as the lines need."""
     dense = results["dense"]
     if dense["perplexity"] is None:
-        return None
+        return []
     series: dict[str, list[Point]] = {}
     for line in results["summary"]:
         if line["layout"] == layout and line["state"] == "done" and line["perplexity"]["mean"] is not None:
             points = series.setdefault(line["method"], [(float(dense["params"]), dense["perplexity"])])
             points.append((line["params"], line["perplexity"]["mean"]))
-    if not series:
-        return None
-    shown = dict(list(series.items())[:MAX_SERIES])
-    title = f"{layout[0].upper()}{layout[1:]} layout"
-    return Chart(title, "parameters", "held-out perplexity", shown, logarithmic=True)
+    title, lines = f"{layout[0].upper()}{layout[1:]} layout", list(series.items())
+    parts = [dict(lines[first : first + MAX_SERIES]) for first in range(0, len(lines), MAX_SERIES)]
+    return [
+        Chart(
+            title if len(parts) == 1 else f"{title} ({number} of {len(parts)})",
+            "parameters",
+            "held-out perplexity",
+            part,
+            logarithmic=True,
+        )
+        for number, part in enumerate(parts, 1)
+    ]
 
 
 # -- every figure ------------------------------------------------------------------------------------------------------
