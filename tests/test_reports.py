@@ -273,7 +273,7 @@ def test_extremes_are_drawn_inside(name: str) -> None:
     assert "nan" not in svg
     assert "inf" not in svg
     assert "#" not in svg.replace("#i-", "")  # no colour but the page's
-    width, height = map(float, str(page.all("svg")[0]["viewBox"]).split()[2:])
+    width, height = map(float, str(page.all("svg")[0]["viewbox"]).split()[2:])
     assert width == WIDTH
     assert height == HEIGHT or (height > HEIGHT and len(_EXTREMES[name]["series"]) > 8)
     places = [(a["x"], a["y"]) for _, a in page.tags if "x" in a]
