@@ -68,9 +68,11 @@ def conditions() -> dict[str, Any]:
     import torch
     import transformers
 
+    from secateur.meters.machine import cpu_model
+
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_memory_total() / GIB, 1),
@@ -114,14 +116,6 @@ def _own_seconds() -> float:
 def load() -> float:
     """Load average of the last minute."""
     return round(os.getloadavg()[0], 2)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _memory_total() -> int:

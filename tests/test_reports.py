@@ -203,7 +203,7 @@ def test_learning_curve_ends_where_the_note_says(checkpoint: Checkpoints, tmp_pa
 @pytest.mark.parametrize(
     "series",
     [{}, {"a": []}, {"a": [(0.0, float("nan"))]}, {"a": [(float(i), 0.0) for i in range(513)]},
-     {str(i): [(0.0, 0.0)] for i in range(9)}],
+     {str(i): [(0.0, 0.0)] for i in range(25)}],
 )  # fmt: skip
 def test_charts_without_bounds_are_refused(series: dict[str, list[tuple[float, float]]]) -> None:
     with pytest.raises(InternalError, match="chart 't'"):
@@ -261,6 +261,7 @@ _EXTREMES: dict[str, dict[str, Any]] = {
     "twelve decades": {"series": {"a": [(0.0, 1e-9), (1.0, 1e3)]}, "logarithmic": True},
     "many bars": {"series": {n: [(float(i), float(i)) for i in range(512)] for n in "ab"}, "kind": "bars"},
     "many lines": {"series": {"a long name of a line " + n: [(0.0, 1.0), (1.0, 2.0)] for n in "abcdefgh"}},
+    "a line for every method": {"series": {f"method-{i}:spaces=kv": [(0.0, 1.0), (1.0, 2.0)] for i in range(24)}},
     "words": {"series": {"$\\frac{$ \u540d\x00\n": [(0.0, 1.0)], "b": [(1.0, 2.0)]}, "mark": (0.0, "$<&")},
 }
 
@@ -272,13 +273,16 @@ def test_extremes_are_drawn_inside(name: str) -> None:
     assert "nan" not in svg
     assert "inf" not in svg
     assert "#" not in svg.replace("#i-", "")  # no colour but the page's
+    width, height = map(float, str(page.all("svg")[0]["viewbox"]).split()[2:])
+    assert width == WIDTH
+    assert height == HEIGHT or (height > HEIGHT and len(_EXTREMES[name]["series"]) > 8)
     places = [(a["x"], a["y"]) for _, a in page.tags if "x" in a]
     drawn = [attributes["d"] or "" for tag, attributes in page.tags if tag == "path" and "id" not in attributes]
     places += [point for d in drawn for point in re.findall(r"([-\d.]+) ([-\d.]+)", d)]
     assert places
     for x, y in places:
         assert -1 <= float(x or "nan") <= WIDTH + 1, (x, y)
-        assert -1 <= float(y or "nan") <= HEIGHT + 1, (x, y)
+        assert -1 <= float(y or "nan") <= height + 1, (x, y)
 
 
 def test_drawings_depend_on_nothing_else() -> None:

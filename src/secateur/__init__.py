@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.version import __version__
 
-_PUBLIC = ("evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune", "recover")
+_PUBLIC = ("compare", "evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune", "recover")
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, export, families, inspect, load, methods, preview, prune, recover
+    from secateur.api import compare, evaluate, export, families, inspect, load, methods, preview, prune, recover
 
 __all__ = [
     "SecateurError",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "families",

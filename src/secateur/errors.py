@@ -34,6 +34,12 @@ class SecateurError(Exception):
     def as_dict(self) -> dict[str, str]:
         return {"code": self.code, "asked": self.asked, "found": self.found, "hint": self.hint}
 
+    @staticmethod
+    def revived(content: Mapping[str, str], exit_code: int) -> SecateurError:
+        """The error that ``as_dict`` told of, from another process."""
+        kind = RequestError if exit_code == RequestError.exit_code else InternalError
+        return kind(content["code"], content["asked"], content["found"], content["hint"])
+
 
 class RequestError(SecateurError):
     """The request or the input is at fault (exit code 2)."""

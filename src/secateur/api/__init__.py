@@ -1,5 +1,6 @@
 """The Python door."""
 
+from secateur.api.comparing import compare
 from secateur.api.exporting import export
 from secateur.api.facts import evaluate, families, inspect, load, methods
 from secateur.api.previewing import preview
@@ -9,6 +10,7 @@ from secateur.api.recovering import RecoverResult, recover
 __all__ = [
     "PruneResult",
     "RecoverResult",
+    "compare",
     "evaluate",
     "export",
     "families",

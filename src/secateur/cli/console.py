@@ -176,6 +176,29 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
+def show_compare(result: dict[str, Any]) -> None:
+    dense, quality = result["dense"], result["dense"]["perplexity"]
+    _out.print(f"dense: {dense['params']:,} parameters, perplexity {_number(quality)}", highlight=False)
+    table = _table("method", "layout", "ratio", "removed", "perplexity", "seconds", "decode", "MiB")
+    for line in result["summary"]:
+        cells = ["not reachable" if line["state"] == "unreachable" else "failed", "-", "-", "-", "-"]
+        if line["state"] == "done":
+            faster, peak = line["decode"]["ratio"], line["peak_rss_bytes"] / 2**20
+            cells = [f"{line['removed']:.1%}", _number(line["perplexity"]["mean"]), f"{line['seconds']:.1f}"]
+            cells += ["-" if faster is None else f"{faster:.2f}x", f"{peak:,.0f}"]
+        table.add_row(escape(line["method"]), line["layout"], f"{line['ratio']:g}", *cells)
+    _out.print(table)
+    winners = _table("ratio", "layout", "parameters", "best at that size", "perplexity", "not better than random")
+    for verdict in result["judgement"]:
+        found, best = verdict["methods"], verdict["best"]
+        worse = ", ".join(name for name in found if found[name]["better_than_random"] is False)
+        figures = ["-", "-"] if best is None else [best, _number(found[best]["perplexity"])]
+        cells = [verdict["layout"], f"{verdict['params']:,.0f}", *figures, worse or "-"]
+        winners.add_row(f"{verdict['ratio']:g}", *map(escape, cells))
+    _out.print(winners)
+    _out.print(f"report: {result['page']}, {result['report']}", highlight=False, markup=False)
+
+
 def show_export(result: dict[str, Any]) -> None:
     check = result["check"]
     if check:

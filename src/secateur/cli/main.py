@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from secateur.errors import RequestError, SecateurError
+from secateur.errors import InternalError, RequestError, SecateurError
 from secateur.version import __version__
 
 app = typer.Typer(
@@ -224,6 +224,53 @@ def evaluate(
             progress=progress,
         )
     _show(result, as_json, show_evaluate)
+
+
+@app.command()
+def compare(
+    model: ModelArg,
+    output: OutputOption = None,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="A,B:k=v,...", help="names, with options after colons")
+    ] = "all-structured",
+    ratio: Annotated[str, typer.Option("--ratio", help="shares of all parameters to remove")] = "0.1,0.2,0.3",
+    data: DataOption = None,
+    samples: SamplesOption = None,
+    length: LengthOption = None,
+    text_field: FieldOption = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="METHOD.k=v", help="option of one of the methods")
+    ] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help="native, per-layer or both [default: both]")] = None,
+    text: TextOption = None,
+    context: ContextOption = None,
+    quantum: QuantumOption = None,
+    tolerance: ToleranceOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the pruned models")] = False,
+    trust_remote_code: RemoteOption = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune MODEL with several methods and judge them at equal size: one table, Pareto plots, a report."""
+    values = _request(locals())
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_compare
+
+    with ConsoleProgress() as progress:
+        result = api.compare(model, progress=progress, **values)
+    failed = [cell for cell in result["cells"] if cell["state"] == "failed"]
+    if not failed:
+        _show(result, as_json, show_compare)
+        return
+    asked = f"{len(failed)} of {len(result['cells'])} cells of the comparison"
+    hint = "the same command runs them again"
+    error = InternalError("failed-cells", asked, f"failed, the first with: {failed[0]['why']}", hint)
+    _show({**result, "error": error.as_dict()}, as_json, show_compare)
+    print(f"secateur: {error}", file=sys.stderr)
+    raise typer.Exit(1)
 
 
 @app.command()

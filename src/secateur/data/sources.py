@@ -53,18 +53,26 @@ def documents(source: str, field: str = "text") -> Iterator[Document]:
         yield _checked(sys.stdin.read(), "calibration text on standard input")
         return
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in READABLE and p.is_file())
-        if not files:
-            refuse("no-data", f"data {source!r}", f"the folder holds no {', '.join(READABLE)} file")
-        for file in files:
+    if path.exists():
+        for file in source_files(source):
             yield from _from_file(file, field)
-    elif path.is_file():
-        yield from _from_file(path, field)
     elif source.count("/") <= 1 and not source.startswith((".", "/")) and not path.suffix:
         yield from _from_hub(source, field)
     else:
         refuse("no-data", f"data {source!r}", "there is no such file or folder")
+
+
+def source_files(source: str) -> list[Path]:
+    """The local files of a source, in the order in which they are read; none for a data set of the hub.
+
+    Raises:
+        RequestError: a folder without any.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    files = sorted(p for p in path.rglob("*") if p.suffix in READABLE and p.is_file())
+    return files or refuse("no-data", f"data {source!r}", f"the folder holds no {', '.join(READABLE)} file")
 
 
 def _from_file(path: Path, field: str) -> Iterator[Document]:

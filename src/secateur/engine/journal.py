@@ -38,10 +38,12 @@ class Journal:
     Args:
         folder: the work folder; made when absent.
         fingerprint: model, data, request and version; a journal of another one is refused.
+        name: of the file.
+        hint: what to do about a journal of another request.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
-        self.path = folder / "journal.jsonl"
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], name: str = "journal.jsonl", hint: str = "") -> None:
+        self.path = folder / name
         self._records: list[dict[str, Any]] = []
         self.resumed = False
         lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
@@ -54,8 +56,8 @@ class Journal:
             refuse(
                 "other-request",
                 f"resuming in {str(folder)!r}",
-                f"it holds an unfinished run of another request ({_difference(self._records[0], fingerprint)})",
-                f"repeat that request, or delete {folder.name}",
+                f"it holds the run of another request ({_difference(self._records[0], fingerprint)})",
+                hint or f"repeat that request, or delete {folder.name}",
             )
         self.resumed = len(self._records) > 1
         # rewritten whole, so that a torn last line is gone before the next is added

@@ -125,6 +125,9 @@ class Method(BaseModel):
         order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
             (``sequential``).
         output: what kind of result it writes.
+        group: which comparison takes it up (``compare --methods all-GROUP``); ``structured``: the result is a smaller
+            dense checkpoint.
+        seeded: whether the result depends on the seed in more than the draw of calibration windows.
         ours: set where the method or a variant is Secateur's own.
     """
 
@@ -137,6 +140,8 @@ class Method(BaseModel):
     evidence: ClassVar[frozenset[str]] = frozenset()
     order: ClassVar[Literal["dense", "sequential"]] = "dense"
     output: ClassVar[Output] = "dense"
+    group: ClassVar[str] = "structured"
+    seeded: ClassVar[bool] = False
 
     sparsity: Fraction | None = Field(
         None, description="share of the units of the cut space to remove (the paper's own knob), instead of --ratio"

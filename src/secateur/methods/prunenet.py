@@ -30,6 +30,7 @@ class PruneNet(Method, PolicyOptions):
     name = "prunenet"
     title = "You Only Prune Once: Calibration-Free Model Compression With Policy Learning"
     paper = "arXiv:2501.15296"
+    seeded = True
 
     policy: str | None = Field(
         None, description=f"{POLICY}.safetensors of an earlier run: reuse it instead of training"

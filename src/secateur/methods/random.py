@@ -15,6 +15,7 @@ class Random(Selection):
 
     name = "random"
     title = "Random units (control)"
+    seeded = True
     draws_scores = False
 
     def unit_scores(self, study: Study, space: Space) -> Tensor:

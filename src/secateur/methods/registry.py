@@ -54,7 +54,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
 
 
 def describe_method(name: str) -> dict[str, Any]:
-    """Facts of a method: title, paper, data, output, and its options with values, default and description."""
+    """Facts of a method: title, paper, data, output, group, and its options with values, default and description."""
     from secateur.methods.base import WORTH
 
     kind = method_class(name)
@@ -63,6 +63,8 @@ def describe_method(name: str) -> dict[str, Any]:
         "paper": kind.paper,
         "data": kind.data,
         "output": kind.output,
+        "group": kind.group,
+        "seeded": kind.seeded,
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
     }

@@ -13,7 +13,7 @@ from secateur.errors import InternalError
 
 Point = tuple[float, float]
 MAX_POINTS = 512
-MAX_SERIES = 8
+MAX_SERIES = 24
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,35 @@
 """Charts drawn by matplotlib (the extra ``plots``) as SVG that belongs to the page around it.
 
 Words stay text in the page's font. Lines and words take the page's ink, gridlines its ``--rule`` and series its
-``--c0`` ... ``--c7``, so that a drawing follows light, dark and print. The same chart gives the same bytes.
+``--c0`` ... ``--c7``, so that a drawing follows light, dark and print; beyond these eight, lines differ in marker and
+dashes too. The same chart gives the same bytes.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from io import BytesIO
 from typing import Any, Final
 from xml.etree import ElementTree
 
-from secateur.plans.chart import MAX_SERIES, Chart
+from secateur.plans.chart import Chart
 from secateur.reports.words import clean, describe, number
 
 WIDTH, HEIGHT = 560, 320
 _FEW_BARS: Final = 6  # that have room for their values
 HINT: Final = "The charts are drawn where matplotlib is installed: pip install 'secateur[plots]'."
-_INK, _RULE, *_SERIES = (f"#0000{i:02x}" for i in range(1, MAX_SERIES + 3))  # stand for the page's colours
+_COLOURS: Final = 8
+_INK, _RULE, *_SERIES = (f"#0000{i:02x}" for i in range(1, _COLOURS + 3))  # stand for the page's colours
 _CSS = {_INK: "currentColor", _RULE: "var(--rule)", **{c: f"var(--c{i})" for i, c in enumerate(_SERIES)}}
 _DASHES = ("solid", (0, (3.5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS: Final = ("o", "s", "^")
+_LEGEND_ROWS: Final = 4  # that the drawing has room for
+_ROW, _FOR_MANY = 17, 160  # height of another row, and of the room that so many lines need
 _STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "secateur", "font.sans-serif": ["DejaVu Sans"], "font.size": 12,
     "text.parse_math": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
@@ -32,9 +39,22 @@ _STYLE = {
 }  # fmt: skip
 
 
+_wanted: ContextVar[bool] = ContextVar("drawings", default=True)
+
+
+@contextmanager
+def no_drawings() -> Iterator[None]:
+    """Within it nothing is drawn: for reports that nobody will read."""
+    token = _wanted.set(False)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
+    """Whether matplotlib is installed, and drawings are wanted."""
+    return _wanted.get() and find_spec("matplotlib") is not None
 
 
 def draw(chart: Chart, identity: str) -> str:
@@ -48,7 +68,10 @@ def draw(chart: Chart, identity: str) -> str:
 
     with style.context(_STYLE, after_reset=True), warnings.catch_warnings():  # whatever the caller's settings are
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has its own fonts
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+        columns = min(max(1, WIDTH // (7 * max(map(len, chart.series)) + 60)), len(chart.series))
+        more = max(0, -(-len(chart.series) // columns) - _LEGEND_ROWS)  # the legend must not eat the drawing
+        height = HEIGHT + (_FOR_MANY + _ROW * more if more else 0)
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
         (_bars if chart.kind == "bars" else _lines)(axes, chart)
         axes.set(xlabel=clean(chart.x), ylabel=clean(chart.y))
@@ -56,8 +79,7 @@ def draw(chart: Chart, identity: str) -> str:
         for patch in (figure.patch, axes.patch):
             patch.set_visible(False)
         if len(chart.series) > 1:
-            columns = max(1, WIDTH // (7 * max(map(len, chart.series)) + 60))
-            figure.legend(loc="outside upper left", ncols=min(columns, len(chart.series)), handlelength=2.5)
+            figure.legend(loc="outside upper left", ncols=columns, handlelength=2.5)
         for artist in axes.findobj():
             artist.set_clip_on(False)  # nothing lies outside, and clipping would need references
         stream = BytesIO()
@@ -72,8 +94,10 @@ def _lines(axes: Any, chart: Chart) -> None:
     ys = [y for points in chart.series.values() for _, y in points if y > 0 or not chart.logarithmic] or [0.1, 1.0]
     for index, (name, points) in enumerate(chart.series.items()):
         drawn = [(x, y) for x, y in sorted(points) if y > 0 or not chart.logarithmic]
-        marker = "o" if len(drawn) <= 24 else ""
-        look = {"color": _SERIES[index], "linestyle": _DASHES[index % len(_DASHES)], "marker": marker}
+        turn = index // _COLOURS
+        marker = _MARKERS[turn % len(_MARKERS)] if len(drawn) <= 24 else ""
+        dashes = _DASHES[(index + turn) % len(_DASHES)]  # of lines in one colour, no two have the same
+        look = {"color": _SERIES[index % _COLOURS], "linestyle": dashes, "marker": marker}
         axes.plot(
             *zip(*drawn, strict=True) if drawn else ([], []), label=clean(name), linewidth=2, markersize=5, **look
         )
@@ -103,7 +127,8 @@ def _bars(axes: Any, chart: Chart) -> None:
         heights = np.array([y for _, y in points])
         if few:  # where the places are what is compared, each has its own colour
             compared = count == 1 and len(chart.labels) > 0
-            colours = [_SERIES[order[x]] for x, _ in points] if compared else _SERIES[index]
+            colour = _SERIES[index % _COLOURS]
+            colours = [_SERIES[order[x]] for x, _ in points] if compared else colour
             drawn = axes.bar(left, heights, thick, align="edge", color=colours, label=clean(name))
             axes.bar_label(drawn, fmt=number, padding=3)
             axes.margins(y=0.1)
@@ -111,7 +136,7 @@ def _bars(axes: Any, chart: Chart) -> None:
             outline = np.full(2 * len(points) - 1, np.nan)
             outline[::2] = heights
             edges = np.stack([left, left + thick], 1).ravel()
-            axes.stairs(outline, edges, fill=True, color=_SERIES[index], linewidth=0, label=clean(name))
+            axes.stairs(outline, edges, fill=True, color=_SERIES[index % _COLOURS], linewidth=0, label=clean(name))
     axes.locator_params(axis="y", integer=_whole(y for points in chart.series.values() for _, y in points))
     every = -(-len(order) // 12)
     words = [clean(chart.labels[i]) if i < len(chart.labels) else number(float(f"{x:.3g}")) for x, i in order.items()]

@@ -1,0 +1,300 @@
+"""``compare``: every method on one model, each cell in a process of its own, one table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from secateur.api.outputs import require_output, require_text, workplace
+from secateur.checkpoints import Checkpoint
+from secateur.checkpoints.hub import locate
+from secateur.data.sources import documents, read_text, source_files
+from secateur.engine.comparison import Cell, CompareRequest, Row, baseline_of, cells_of, rows_of, short_digest
+from secateur.engine.journal import Journal
+from secateur.engine.prepare import resolve_device
+from secateur.engine.progress import Progress, Silent
+from secateur.engine.publish import next_free
+from secateur.engine.request import checked
+from secateur.engine.run import model_digest
+from secateur.engine.workers import Workers
+from secateur.errors import SecateurError, refuse
+from secateur.inference import open_checkpoint
+from secateur.meters.machine import conditions
+from secateur.meters.standings import judgement, summarise
+from secateur.reports.compare import write_comparison
+from secateur.version import __version__
+
+JOURNAL: Final = "results.jsonl"
+RESULTS: Final = "results.json"
+MODELS: Final = "models"
+_WORKER: Final = "secateur.api.cells"
+
+
+def compare(
+    model: str | Path,
+    *,
+    methods: str | Sequence[str] = "all-structured",
+    ratio: float | str | Sequence[float] = (0.1, 0.2, 0.3),
+    data: str | Path | None = None,
+    text: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Prune one model with every method, in every layout, at every ratio, and judge them at equal size.
+
+    Args:
+        model: checkpoint folder or hub id.
+        methods: names; ``NAME:option=value:...`` with options; ``all-structured`` for every method whose result is a
+            smaller dense checkpoint. Random units are always among them.
+        ratio: shares of all parameters to remove.
+        data: calibration text, for the methods that need it.
+        text: held-out text for the perplexity, another one than ``data``.
+        output: folder for the results; one with unfinished results of the same request is continued.
+        progress: told what happens.
+        more: ``samples``, ``length``, ``text_field``, ``options`` (by ``METHOD.option``), ``layout`` (``native``,
+            ``per-layer`` or ``both``), ``context``, ``quantum``, ``tolerance``, ``device``, ``dtype``, ``seed``,
+            ``trust_remote_code``, ``keep`` (the pruned models), ``force``.
+
+    Returns:
+        ``cells``, ``summary`` (seeds together), ``judgement`` (per ratio and layout), ``dense``, ``machine``,
+        ``counts`` of the cells by state, paths of the reports.
+
+    Raises:
+        RequestError: a bad request, found before any cell runs; or ``output`` holds another one's results.
+    """
+    started, told = time.perf_counter(), progress or Silent()
+    given = {"model": str(model), "methods": methods, "ratio": ratio, "data": data, "text": text, "output": output}
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in {**given, **more}.items()}
+    request = checked(CompareRequest, {key: v for key, v in values.items() if v is not None}, "a comparison")
+    rows = rows_of(request)
+    cells = cells_of(request, rows)
+    output_folder = _require_inputs(request, rows)
+    checkpoint = open_checkpoint(Path(locate(request.model)), told.note)
+    run = _Run(request, rows, cells, output_folder, checkpoint, told)
+    with workplace(output_folder, [checkpoint]) as place:
+        results = run.all_cells(place.folder)
+        results["seconds"] = round(time.perf_counter() - started, 3)
+        shown = write_comparison(output_folder, results)
+        (output_folder / RESULTS).write_text(json.dumps(shown, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        shutil.rmtree(place.folder, ignore_errors=True)
+    return shown
+
+
+def _require_inputs(request: CompareRequest, rows: Sequence[Row]) -> Path:
+    """The folder of the results; texts must be there and differ."""
+    own = request.output is not None and (Path(request.output) / JOURNAL).is_file()
+    output = Path(str(request.output)) if own else require_output(request, "a comparison")
+    if request.text is None:
+        refuse("no-text", "a comparison", "there is no held-out text to measure on", "--text heldout.txt")
+    require_text(request)
+    needing = [row.label for row in rows if row.settings.data != "none"]
+    if request.data is None and needing:
+        found = f"{', '.join(needing)} need calibration text and --data is not given"
+        refuse("no-data", "a comparison", found, "--data notes.txt, or name other methods")
+    if request.data == "-":
+        refuse("no-data", "data '-'", "every cell reads it anew, standard input only once", "write it to a file")
+    if request.data is not None:
+        _require_difference(request.data, request.text)
+    return output
+
+
+def _require_difference(data: str, text: str) -> None:
+    """Refuse held-out text that the methods would have seen."""
+    held_out, path = read_text(Path(text)).strip(), Path(text).resolve()
+    for file in source_files(data):
+        same = file.resolve() == path or file.read_bytes() == path.read_bytes()
+        # a text file is one document; those of tables and arrays are compared as files only
+        if same or (file.suffix not in (".jsonl", ".parquet", ".npy") and held_out in next(_texts(file))):
+            found = f"it is part of the calibration text {str(file)!r}"
+            refuse("same-text", f"held-out text {text!r}", found, "figures on seen text say nothing: give another")
+
+
+def _texts(file: Path) -> Any:
+    return (str(document) for document in documents(str(file)))
+
+
+@dataclass
+class _Run:
+    """One comparison: what was asked, and where."""
+
+    request: CompareRequest
+    rows: Sequence[Row]
+    cells: Sequence[Cell]
+    output: Path
+    checkpoint: Checkpoint
+    told: Progress
+
+    def __post_init__(self) -> None:
+        self.machine = conditions(resolve_device(self.request.device))
+
+    def all_cells(self, work: Path) -> dict[str, Any]:
+        """Run what is not done yet; everything that there is to say."""
+        journal = self._journal() if (self.output / JOURNAL).is_file() and not self.request.force else None
+        with Workers(_WORKER, work) as workers:
+            known = journal.done("dense") if journal is not None else []
+            dense = known[-1] if known else workers.run("measure_dense", self._dense_job())
+            if journal is None:
+                journal = self._begin()
+            if not known:
+                journal.add("dense", **dense)
+            self._remaining(journal, workers, work)
+        found = self._finished(journal)
+        return self._results({k: v for k, v in dense.items() if k != "step"}, [found[_key(c.key)] for c in self.cells])
+
+    def _begin(self) -> Journal:
+        """An empty folder of results; an old one goes aside."""
+        if self.output.exists():
+            aside = next_free(self.output)
+            self.output.rename(aside)
+            self.told.note(f"the old {self.output.name} is now {aside.name}")
+        self.output.mkdir(parents=True)
+        return self._journal()
+
+    def _journal(self) -> Journal:
+        hint = "repeat that request, name another folder, or --force to begin anew"
+        return Journal(self.output, self._fingerprint(), JOURNAL, hint)
+
+    def _remaining(self, journal: Journal, workers: Workers, work: Path) -> None:
+        finished = {key for key, cell in self._finished(journal).items() if cell["state"] != "failed"}
+        if journal.resumed:
+            self.told.note(f"{len(finished)} of {len(self.cells)} cells are done already")
+        self.told.start("cells", len(self.cells))
+        mark = short_digest(self._fingerprint())
+        for position, cell in enumerate(self.cells, 1):
+            if _key(cell.key) not in finished:
+                figures = self._run(cell, workers, work)
+                self.told.note(f"{cell}: {_said(figures)}")
+                journal.add("cell", fingerprint=mark, **cell.key, **figures)
+            self.told.step(position)
+
+    def _finished(self, journal: Journal) -> dict[str, dict[str, Any]]:
+        """The last record of every cell by its key."""
+        return {_key(record): record for record in journal.done("cell")}
+
+    def _run(self, cell: Cell, workers: Workers, work: Path) -> dict[str, Any]:
+        """The figures of a cell, or how it ended without any."""
+        output = work / cell.name
+        job = {**self._common(), "prune": self._prune_arguments(cell), "output": str(output)}
+        try:
+            figures: dict[str, Any] = workers.run("make_and_measure", job)
+        except SecateurError as error:
+            figures = {"state": "failed", "why": str(error), "code": error.code}
+        if self.request.keep and figures["state"] == "done":
+            kept = self.output / MODELS / cell.name
+            kept.parent.mkdir(exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            output.rename(kept)
+            figures["output"] = str(kept)
+        for folder in work.glob(f"*{cell.name}*"):  # what a cell that died was working on, too
+            shutil.rmtree(folder, ignore_errors=True)
+        return figures
+
+    def _dense_job(self) -> dict[str, Any]:
+        arguments = {"data": self.request.data, **self._calibration(), "dtype": self.request.dtype}
+        needs = any(row.settings.data != "none" for row in self.rows)
+        return {**self._common(), "prune": arguments, "needs_data": needs, "seed": self.request.seed}
+
+    def _common(self) -> dict[str, Any]:
+        request = self.request
+        return {
+            "model": str(self.checkpoint.folder.path),
+            "text": request.text,
+            "context": request.context,
+            "device": request.device,
+            "trust_remote_code": request.trust_remote_code,
+            "threads": torch.get_num_threads(),
+            "keep": request.keep,
+        }
+
+    def _calibration(self) -> dict[str, Any]:
+        names = ("samples", "length", "text_field", "trust_remote_code")
+        return {name: getattr(self.request, name) for name in names}
+
+    def _prune_arguments(self, cell: Cell) -> dict[str, Any]:
+        request = self.request
+        return {
+            "method": cell.row.method,
+            "options": dict(cell.row.options),
+            "ratio": cell.ratio,
+            "layout": cell.layout,
+            "seed": cell.seed,
+            "data": request.data,
+            **self._calibration(),
+            **{name: getattr(request, name) for name in ("quantum", "tolerance", "device", "dtype")},
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What the results follow from."""
+        request = self.request
+        names = ("context", "quantum", "tolerance", "device", "dtype", "seed", "keep")
+        return {
+            "version": __version__,
+            "model": model_digest(self.checkpoint),
+            "methods": {row.label: row.settings.model_dump(mode="json") for row in self.rows},
+            "ratio": request.ratios,
+            "layout": list(request.layouts),
+            "data": None if request.data is None else _digest(source_files(request.data)) or request.data,
+            "text": _digest([Path(str(request.text))]),
+            **self._calibration(),
+            **{name: getattr(request, name) for name in names},
+            "machine": self.machine,
+        }
+
+    def _results(self, dense: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        request = self.request
+        cells = [{key: v for key, v in record.items() if key not in ("step", "fingerprint")} for record in records]
+        for cell in cells:
+            if cell["state"] == "done":
+                cell["perplexity_before"] = dense["perplexity"]
+        summary = summarise(cells)
+        baseline = baseline_of(self.rows)
+        states = [cell["state"] for cell in cells]
+        return {
+            "model": request.model,
+            "output": str(self.output),
+            "version": __version__,
+            "requested": request.model_dump(mode="json", exclude={"output", "force", "model"}),
+            "dense": {key: value for key, value in dense.items() if key != "data"},
+            "data": dense["data"],
+            "text_sha256": _digest([Path(str(request.text))]),
+            "machine": self.machine,
+            "methods": [
+                {"label": row.label, "method": row.method, "options": dict(row.options), "seeded": row.settings.seeded}
+                for row in self.rows
+            ],
+            "baseline": baseline,
+            "counts": {state: states.count(state) for state in ("done", "unreachable", "failed")},
+            "judgement": judgement(dense, summary, request.layouts, request.ratios, baseline),
+            "summary": summary,
+            "cells": cells,
+        }
+
+
+def _key(record: dict[str, Any]) -> str:
+    return json.dumps([record[name] for name in ("method", "layout", "ratio", "seed")])
+
+
+def _said(figures: dict[str, Any]) -> str:
+    """A cell in a few words."""
+    if figures["state"] == "done":
+        quality = "not finite" if figures["perplexity"] is None else f"{figures['perplexity']:.3f}"
+        return f"{figures['removed']:.1%} removed, perplexity {quality}, {figures['seconds']:.1f} s"
+    return f"{'not reachable' if figures['state'] == 'unreachable' else 'failed'}: {figures['why']}"
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """SHA-256 over the content of files; empty where there are none."""
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            sha.update(hashlib.file_digest(handle, "sha256").digest())
+    return sha.hexdigest() if files else ""
