@@ -115,7 +115,7 @@ class SummarySweep:
                 self._keep(block, BlockView(self.architecture, block, tensors), taps.evidence())
             self.progress.step(block + 1)
         if None not in self._done:
-            self._keep(None, BlockView(self.architecture, None, {}), walk.stem())
+            self._keep(None, BlockView(self.architecture, None, {}), walk.stem(self.method.evidence))
         walk.close()
 
 

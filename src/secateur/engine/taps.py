@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.pairs import Pairs, head_inputs
 from secateur.errors import InternalError
 from secateur.evidence import Influence, Moments
 from secateur.families import Block, Packed
@@ -23,7 +24,8 @@ class Taps:
 
     ``stream`` is the Gram of every norm's input, named by the norm's role; ``ROLE.gram`` and ``ROLE.moments`` are
     taken from the inputs of a role's matrix (``down.gram``, or ``experts.E.down.gram`` of every expert, see
-    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block.
+    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block;
+    ``ROLE.cross`` and ``ROLE.target`` hold the dense model against it (:class:`secateur.engine.pairs.Pairs`).
 
     Args:
         runner: whose block runs.
@@ -38,6 +40,7 @@ class Taps:
         self._inputs: dict[str, Moments] = {}
         self._stacked: dict[str, Packed] = {}
         self._modules: dict[str, nn.Module] = {}
+        self.pairs = Pairs(runner, block, wanted)
         if STREAM in wanted:
             for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
                 self._norms[role] = Moments(self._architecture.sizes.residual, runner.device)
@@ -61,8 +64,8 @@ class Taps:
                     self._modules[key] = self._runner.model.get_submodule(packed.name.rpartition(".")[0])
 
     @property
-    def collectors(self) -> list[Moments]:
-        return [*self._norms.values(), *self._inputs.values()]
+    def collectors(self) -> list[Moments | Pairs]:
+        return [*self._norms.values(), *self._inputs.values(), self.pairs]
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -81,9 +84,15 @@ class Taps:
     def _parameter(self, packed: Packed) -> nn.Parameter:
         return self._runner.parameter(packed)
 
-    def see_stream(self, signal: Tensor) -> None:
-        """Take note of what the final norm reads."""
-        self._norms["final_norm"].add(signal)
+    def see_stem(self, signal: Tensor, dense: tuple[BlockRunner, Tensor] | None) -> None:
+        """Take note of what the last block gives, to the final norm and to the head."""
+        if "final_norm" in self._norms:
+            self._norms["final_norm"].add(signal)
+        if "head" in self._inputs:
+            self._inputs["head"].add(head_inputs(self._runner, signal))
+        if dense is not None and self.pairs.wanted:
+            self.pairs.see_head(head_inputs(*dense), head_inputs(self._runner, signal))
+            self.pairs.add()
 
     def compare(self, before: Tensor, after: Tensor) -> None:
         """Take note of what entered and what left the block."""
@@ -100,6 +109,7 @@ class Taps:
         found = {role: moments.second for role, moments in self._norms.items()}
         for key, moments in self._inputs.items():
             found.update(moments.named(key))
+        found.update(self.pairs.evidence())
         return found if self._influence is None else {**found, **self._influence.named()}
 
 

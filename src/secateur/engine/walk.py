@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,10 +28,19 @@ class Walk:
         ids: [count, length] token ids.
         folder: where large signals and copies are kept.
         name: of this walk, apart from others in the same folder.
+        beside: a walk of the dense model that goes along, for evidence that compares the two.
     """
 
-    def __init__(self, checkpoint: Checkpoint, runner: BlockRunner, ids: Tensor, folder: Path, name: str) -> None:
-        self.checkpoint, self.runner = checkpoint, runner
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: BlockRunner,
+        ids: Tensor,
+        folder: Path,
+        name: str,
+        beside: Walk | None = None,
+    ) -> None:
+        self.checkpoint, self.runner, self.beside = checkpoint, runner, beside
         self._copy, self._saved = folder / f"{name}.safetensors", time.monotonic()
         runner.load(None, checkpoint.read(None))
         self.activations = Activations(ids, runner, folder / f"{name}.bin")
@@ -41,6 +51,12 @@ class Walk:
         """Go on from the last copy of the signal, if it stands at block ``limit`` or before."""
         if self._copy.is_file():
             self.block = self.activations.restore(self._copy, limit)
+        if self.beside is not None:  # both stand at the same place, or start again
+            self.beside.resume(self.block)
+            if self.beside.block != self.block:
+                for walk in (self, self.beside):
+                    walk.activations.capture()
+                    walk.block = 0
 
     def run(self, tensors: Mapping[str, Tensor], taps: Taps | None = None, advance: bool = True) -> None:
         """Run the present block with ``tensors`` on all windows.
@@ -50,46 +66,65 @@ class Walk:
             taps: gathered from.
             advance: whether the signal moves on to the next block, or stays.
         """
-        runner, block, activations = self.runner, self.block, self.activations
-        runner.load(block, tensors)
-        for shard in activations.shards:
+        beside = self.beside if advance or (taps is not None and taps.pairs.wanted) else None
+        self.runner.load(self.block, tensors)
+        if beside is not None:
+            beside.runner.load(self.block, beside.checkpoint.read(self.block))
+        for shard in self.activations.shards:
             for batch in shard:
-                hidden = activations.values[batch].to(runner.device)
-                call = activations.call(batch, block)
+                if beside is not None:
+                    with nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True):
+                        beside.run_batch(batch, advance)
                 if taps is None:
-                    output = runner.run(block, hidden, call)
-                else:
-                    with taps.open():
-                        output = runner.run(block, hidden, call)
-                    taps.compare(hidden, output)
-                if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
-                    where = f"calibration windows {batch.start} to {batch.stop - 1}"
-                    found = f"values of block {block} are not finite in {where}"
-                    refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
-                if advance:
-                    activations.values[batch] = output.to(activations.values.device)
+                    self.run_batch(batch, advance)
+                    continue
+                with taps.open(), taps.pairs.see(self.runner, dense=False):
+                    taps.compare(*self.run_batch(batch, advance))
+                if beside is not None:
+                    taps.pairs.add()
             if taps is not None:
                 taps.close_shard()
-        runner.unload(block)
-        if advance:
-            self.block += 1
-            self._keep()
+        for walk in (self,) if beside is None else (self, beside):
+            walk.runner.unload(walk.block)
+            if advance:
+                walk.block += 1
+                walk.keep()
 
-    def _keep(self) -> None:
+    def run_batch(self, batch: slice, advance: bool) -> tuple[Tensor, Tensor]:
+        """Run the loaded block on some windows; returns what entered and what left it."""
+        runner, activations = self.runner, self.activations
+        hidden = activations.values[batch].to(runner.device)
+        output = runner.run(self.block, hidden, activations.call(batch, self.block))
+        if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
+            where = f"calibration windows {batch.start} to {batch.stop - 1}"
+            found = f"values of block {self.block} are not finite in {where}"
+            refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
+        if advance:
+            activations.values[batch] = output.to(activations.values.device)
+        return hidden, output
+
+    def keep(self) -> None:
+        """Write a copy of the signal if the last one is old."""
         last = self.block == len(self.runner.blocks)
         if time.monotonic() - self._saved > _SAVE_EVERY and not last:
             self.activations.save(self._copy, self.block)
             self._saved = time.monotonic()
 
-    def stem(self) -> dict[str, Tensor]:
-        """Gram of the last block's output, which the final norm reads."""
-        taps = Taps(self.runner, None, {"stream"})
+    def stem(self, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Evidence of what the last block gives to the final norm and the head."""
+        taps = Taps(self.runner, None, wanted)
         for shard in self.activations.shards:
             for batch in shard:
-                taps.see_stream(self.activations.values[batch].to(self.runner.device))
+                signal, dense = self.activations.values[batch].to(self.runner.device), None
+                if self.beside is not None:
+                    theirs = self.beside.activations.values[batch].to(self.runner.device)
+                    dense = (self.beside.runner, theirs)
+                taps.see_stem(signal, dense)
             taps.close_shard()
         return taps.evidence()
 
     def close(self) -> None:
         """Free the stem."""
         self.runner.unload(None)
+        if self.beside is not None:
+            self.beside.close()

@@ -52,6 +52,31 @@ class Moments:
         return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": count}
 
 
+class CrossMoments:
+    """Sums over tokens of y x^T of two signals, as :class:`Moments` sums those of one.
+
+    Args:
+        rows, columns: dimensions of y and of x.
+        device: where to sum.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self._shard = torch.zeros_like(self.total)
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Add signals of shapes [..., rows] and [..., columns]."""
+        both = [signal.detach().reshape(-1, signal.shape[-1]) for signal in (one, other)]
+        wide = torch.float64 if both[0].dtype == torch.float64 else torch.float32
+        for left, right in zip(*(torch.split(signal.to(wide), _CHUNK) for signal in both), strict=True):
+            self._shard += left.t() @ right
+
+    def close_shard(self) -> None:
+        """Add the running shard to the total and start the next."""
+        self.total += self._shard
+        self._shard.zero_()
+
+
 class Influence:
     """How much a block changes what runs through it: block influence and its relatives, means over tokens.
 
