@@ -160,7 +160,7 @@ class _Rotations(Mapping[str, Tensor]):
         directions = self._method.basis_of(gram, self._count, self._study.generator)
         if before is None:
             return directions.contiguous()
-        gauge: Tensor = torch.linalg.qr((before.t() @ directions).t()).Q
+        gauge: Tensor = torch.linalg.qr((before.t() @ directions).t(), mode="complete").Q
         return (directions @ gauge).contiguous()
 
     def __iter__(self) -> Iterator[str]:
