@@ -49,6 +49,12 @@ class _Precise(TorchFunctionMode):
 def mask(model: Any, where: Where, plan: Plan) -> Any:
     """Silence in place, by hooks, everything that ``plan`` removes from a dense model."""
     blocks = model.get_submodule(where.blocks)
+    for index, sizes in enumerate(plan.after.blocks):
+        for flag, module in (("out_bias", where.attention_out), ("down_bias", where.ffn_reader)):
+            if getattr(sizes, flag):
+                place = plan.blocks[index]
+                bias = plan.edits[f"blocks.{place}.{flag.replace('_', '.')}"]
+                _add(blocks[place].get_submodule(module), bias)
     for name, kept in plan.kept.items():
         parts = name.split(".")
         if name == "blocks":
@@ -81,10 +87,6 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
             _silence(blocks[index].get_submodule(where.attention_out))
         if not (sizes.ffn or sizes.experts or sizes.shared):
             _silence(blocks[index].get_submodule(where.ffn_silent or where.ffn_out))
-    for name, value in plan.edits.items():
-        if name.endswith(".bias"):
-            role, block = name.split(".")[2], blocks[int(name.split(".")[1])]
-            _add(block.get_submodule(where.attention_out if role == "out" else where.ffn_reader), value)
     if "stem.final_norm" in plan.bases:
         rotate_stream(model, where, plan)
     elif plan.bases:

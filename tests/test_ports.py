@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import masking
 import models
 import secateur
 from conftest import Checkpoints
+from secateur.cuts.stream import interfaces, sliced, triangular
 from secateur.engine.prepare import Prepared, prepare
 from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
@@ -171,3 +173,40 @@ def test_masked_is_cut(family: str, kind: str, checkpoint: Checkpoints, tmp_path
         pytest.skip(str(reasons))
     write(prepared, plan, tmp_path / "out")
     check(model, tmp_path / "out", family, prepared, plan)
+
+
+# -- a stream whose bases differ in width ----------------------------------------------------------------------------
+
+WIDTHS = {"wide-head": (30, 22, 35, 28, 20, 33, 40), "narrow-head": (41, 22, 35, 28, 20, 33, 17)}
+
+
+def sliced_plan(prepared: Prepared, widths: tuple[int, ...]) -> Plan:
+    """Random bases in the triangular gauge."""
+    architecture = prepared.checkpoint.architecture
+    sizes, names = architecture.sizes, interfaces(architecture)
+    directions = dict(zip(names, widths[-len(names) :], strict=True))
+    generator, bases, before = torch.Generator().manual_seed(0), {}, None
+    for name, count in directions.items():
+        random = torch.randn(sizes.residual, count, generator=generator, dtype=torch.float64)
+        if sizes.mean_free:
+            random -= random.mean(0)
+        basis = torch.linalg.qr(random).Q
+        bases[name] = before = basis if before is None else triangular(basis, before)
+    return Plan(sizes, sliced(architecture, sizes, directions), bases=bases)
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "opt", "phi", "granite", "starcoder2"])
+def test_sliced_by_interface(family: str, widths: tuple[int, ...], checkpoint: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoint(family, torch.float64)
+    prepared, plan = planned(model, lambda s: Plan(s, s))
+    plan = sliced_plan(prepared, widths)
+    assert refused(prepared, plan) == []
+    write(prepared, plan, tmp_path / "out")
+    check(model, tmp_path / "out", family, prepared, plan)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    stored = 0
+    for first, second in pairwise(plan.bases.values()):
+        assert (first.t() @ second).triu(1).abs().max() < 1e-12
+        stored += torch.ones(first.shape[1], second.shape[1]).tril().count_nonzero()
+    assert stored == sum(tensor.numel() for name, tensor in state.items() if name.endswith(".shortcut"))

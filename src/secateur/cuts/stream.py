@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InternalError
-from secateur.families import Architecture, Block, canonical_name
+from secateur.families import Architecture, Block, Sizes, canonical_name
 from secateur.families.modeling_secateur import hyperplane
 from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
@@ -40,6 +40,55 @@ def interfaces(architecture: Architecture) -> list[str]:
         for role in architecture.norms_on_stream(block)
     ]
     return [*names, "stem.final_norm"]
+
+
+def sliced(architecture: Architecture, sizes: Sizes, directions: Mapping[str, int]) -> Sizes:
+    """Sizes of a stream that keeps so many directions at each of its interfaces, with a head of its own.
+
+    Args:
+        architecture: the dense one.
+        sizes: all other sizes.
+        directions: how many survive, by interface (``interfaces``).
+    """
+    order = interfaces(architecture)
+    widths = [directions[name] + sizes.mean_free for name in order]
+    whole = max(widths)
+    at = dict(zip(order, (width % whole for width in widths), strict=True))  # the widest is the stream: no port
+    behind = dict(zip(order, list(at.values())[1:], strict=False))
+    blocks = []
+    for index, block in enumerate(sizes.blocks):
+        read, norm = (f"blocks.{index}.{norm}" for norm in ("attention_norm", "ffn_norm"))
+        last = read if architecture.parallel else norm
+        blocks.append(
+            replace(
+                block,
+                attention_read=at[read],
+                attention_write=behind[read],
+                ffn_read=at[last],
+                ffn_write=behind[last],
+            )
+        )
+    return replace(
+        sizes.untied(),
+        residual=whole,
+        shortcuts=True,
+        blocks=tuple(blocks),
+        stem_write=at[order[0]],
+        stem_read=at[order[-1]],
+    )
+
+
+def triangular(directions: Tensor, before: Tensor) -> Tensor:
+    """The same subspace in the gauge in which the change of basis from the interface before is lower triangular.
+
+    A rotation is free up to an orthogonal map of what survives; the LQ decomposition of the change chooses it.
+
+    Args:
+        directions: [D, k] orthonormal columns.
+        before: [D, j] orthonormal columns, as they are used.
+    """
+    gauge: Tensor = torch.linalg.qr((before.t() @ directions).t(), mode="complete").Q
+    return (directions @ gauge).contiguous()
 
 
 _NO_MEAN = 1e-8  # of an entry of a unit vector

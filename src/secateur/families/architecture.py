@@ -375,6 +375,10 @@ class Architecture:
         """Query heads of a block, the largest number of any."""
         return max((block.kv * block.group for block in self.sizes.blocks), default=0)
 
+    def is_index(self, packed: Packed) -> bool:
+        """Whether a packed tensor is an index beside a matrix rather than a parameter."""
+        return self.tensors[packed.canonical[0]].is_index
+
     @property
     def ports(self) -> dict[str, dict[str, list[int]]]:
         """Modules that read or write less of a signal than the stock class: [entries, of how many] by index kind."""
@@ -382,7 +386,7 @@ class Architecture:
         for name, packed in self.packed.items():
             module, _, kind = name.rpartition(".")
             tensors = [self.tensors[part] for part in packed.canonical]
-            if tensors[0].is_index:
+            if self.is_index(packed):
                 whole = sum(self.sizes.axis(tensor.axes[0], tensor.block) for tensor in tensors)
                 found.setdefault(module, {})[kind] = [packed.shape(self.shapes)[0], whole]
         return found

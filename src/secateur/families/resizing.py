@@ -135,7 +135,7 @@ def layer_record(architecture: Architecture) -> dict[str, Any]:
     attributes: dict[str, dict[str, int]] = {}
     for name, packed in architecture.packed.items():
         shape = packed.shape(architecture.shapes)
-        if shape != architecture.stock_shapes.get(name) and not architecture.tensors[packed.canonical[0]].is_index:
+        if shape != architecture.stock_shapes.get(name) and not architecture.is_index(packed):
             parameters[name] = list(shape)
     sizes, family = architecture.sizes, architecture.family
     for block in range(len(sizes.blocks)):
