@@ -124,7 +124,7 @@ def _size(sizes: Sizes, field: str, place: int | None) -> int:
     return int(getattr(sizes if place is None else sizes.blocks[place], field))
 
 
-def _cannot_be_narrowed(architecture: Architecture, field: str) -> str:
+def _cannot_be_narrowed(architecture: Architecture, sizes: Sizes, field: str) -> str:
     """Why no block can have such a size; empty where it can."""
     roles = architecture.roles
     if field in ("qk", "value"):
@@ -136,8 +136,8 @@ def _cannot_be_narrowed(architecture: Architecture, field: str) -> str:
         return "queries and keys are normalised, and the divisor sums over all dimensions of a head"
     if field == "out_bias" and "out" not in roles:
         return "its attention is written by a matrix of low rank"
-    if field == "stem_read" and architecture.sizes.tied:
-        return "its head is tied to the embedding"
+    if field in ("stem_read", "stem_write") and sizes.tied:
+        return "its embedding and its head are one table"
     return ""
 
 
@@ -150,7 +150,7 @@ def _wrong_beside_stock(architecture: Architecture, sizes: Sizes) -> list[str]:
         old = _places(present, field)
         if same_blocks and places == old and all(_size(sizes, field, p) == _size(present, field, p) for p in places):
             continue
-        reason = _cannot_be_narrowed(architecture, field) if places else ""
+        reason = _cannot_be_narrowed(architecture, sizes, field) if places else ""
         if not reason and old and field in WHOLE and same_blocks:
             reason = "it is narrowed already; cut the model it was made from instead"
         routed = any(place is not None and sizes.blocks[place].experts for place in places)
