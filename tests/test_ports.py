@@ -26,6 +26,7 @@ from secateur.engine.run import Run
 from secateur.families import Sizes
 from secateur.families.limits import problems
 from secateur.plans import Plan
+from secateur.spaces import spaces_of
 
 Planner = Callable[[Sizes], Plan]
 
@@ -65,8 +66,9 @@ def with_units(plan: Plan) -> Plan:
     kept |= {"blocks.0.kv": some(2, sizes.blocks[0].kv, 5), "blocks.2.kv": some(1, sizes.blocks[2].kv, 6)}
     blocks[0], blocks[2] = replace(blocks[0], kv=2), replace(blocks[2], kv=1)
     for i in (0, 1):
-        kept[f"blocks.{i}.ffn"] = some(24 + 8 * i, sizes.blocks[i].ffn, i)
-        blocks[i] = replace(blocks[i], ffn=24 + 8 * i)
+        count = sizes.blocks[i].ffn // 2
+        kept |= {s.name: some(count, s.size, i) for s in spaces_of(sizes, "ffn", i) if s.expert != "shared"}
+        blocks[i] = replace(blocks[i], ffn=count)
     return replace(plan, after=replace(plan.after, blocks=tuple(blocks)), kept=kept)
 
 
