@@ -78,13 +78,12 @@ def problems(architecture: Architecture, sizes: Sizes, itemsize: int, layout: La
         elif sizes.size(kind) != architecture.sizes.size(kind) or sizes.uniform(kind) is None:
             found += refusals(architecture, kind, layout)
     found += _no_place_in_native(sizes) if layout == "native" else _wrong_beside_stock(architecture, sizes)
-    found += _no_place_in_native(sizes) if layout == "native" else _wrong_beside_stock(architecture, sizes)
     if sizes == architecture.sizes:
         return found
     for rule in architecture.family.constraints:
         if rule.multiple_of and layout == "native":
-            block = sizes.blocks[0]
-            found += _not_multiple(rule.size, sizes, block.kv * block.group, rule.why)
+            heads = max([1, *(block.kv * block.group for block in sizes.blocks)])
+            found += _not_multiple(rule.size, sizes, heads, rule.why)
         elif rule.multiple_of_bytes:
             found += _not_multiple(rule.size, sizes, -(-rule.multiple_of_bytes // itemsize), rule.why)
     return found
