@@ -6,6 +6,7 @@ indices of the plan go in.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class _Precise(TorchFunctionMode):
 def mask(model: Any, where: Where, plan: Plan) -> Any:
     """Silence in place, by hooks, everything that ``plan`` removes from a dense model."""
     blocks = model.get_submodule(where.blocks)
+    for index, sizes in enumerate(plan.after.blocks):
+        for flag, module in (("out_bias", where.attention_out), ("down_bias", where.ffn_reader)):
+            if getattr(sizes, flag):
+                place = plan.blocks[index]
+                bias = plan.edits[f"blocks.{place}.{flag.replace('_', '.')}"]
+                _add(blocks[place].get_submodule(module), bias)
     for name, kept in plan.kept.items():
         parts = name.split(".")
         if name == "blocks":
@@ -59,7 +66,9 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
             project_stream(model, where, torch.eye(plan.before.residual, dtype=torch.float64)[:, kept])
             continue
         block, sizes = blocks[int(parts[1])], plan.before.blocks[int(parts[1])]
-        if name.endswith("experts.shared.ffn"):
+        if parts[-1] in PARTIAL:
+            PARTIAL[parts[-1]](block, where, kept, plan)
+        elif name.endswith("experts.shared.ffn"):
             _zero_inputs(block.get_submodule(where.shared_reader), _others(kept, sizes.shared))
         elif parts[2] == "experts":
             _zero_expert(block.get_submodule(where.experts), int(parts[3]), _others(kept, sizes.ffn))
@@ -73,6 +82,11 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
             _zero_inputs(block.get_submodule(where.attention_out), gone)
         else:
             raise AssertionError(f"the oracle does not know the space {name}")
+    for index, sizes in enumerate(plan.after.blocks if "blocks" not in plan.kept else ()):
+        if not sizes.kv:
+            _silence(blocks[index].get_submodule(where.attention_out))
+        if not (sizes.ffn or sizes.experts or sizes.shared):
+            _silence(blocks[index].get_submodule(where.ffn_silent or where.ffn_out))
     if "stem.final_norm" in plan.bases:
         rotate_stream(model, where, plan)
     elif plan.bases:
@@ -87,6 +101,65 @@ def put(model: Any, state: dict[str, Tensor]) -> None:
     """Give a model some other parameters."""
     for name, value in state.items():
         model.get_parameter(name).copy_(value)
+
+
+def _narrow_heads(block: Any, where: Where, kept: Tensor, plan: Plan, part: str) -> None:
+    """Zero the other dimensions of every query and key, or value, where they come out of their matrices."""
+    head, group = plan.before.head, plan.before.blocks[0].group
+    groups = plan.before.blocks[0].kv
+    keys = _others(kept, groups * head)
+    queries = [(p // head * group + g) * head + p % head for p in keys for g in range(group)]
+    fused = where.fused_attention
+    if fused:
+        offsets = {"q": 0, "k": groups * group * head, "v": (groups * group + groups) * head}
+        gone = [offsets["q"] + p for p in queries] + [offsets["k"] + p for p in keys]
+        _zero_outputs(block.get_submodule(fused), gone if part == "qk" else [offsets["v"] + p for p in keys])
+    elif part == "qk":
+        _zero_outputs(block.get_submodule(where.attention + ".q_proj"), queries)
+        _zero_outputs(block.get_submodule(where.attention + ".k_proj"), keys)
+    else:
+        _zero_outputs(block.get_submodule(where.attention + ".v_proj"), keys)
+
+
+def _narrow_stream(block: Any, where: Where, kept: Tensor, plan: Plan, part: str) -> None:
+    """Zero the other dimensions of the stream on their way into a branch, or out of it."""
+    gone = _others(kept, plan.before.residual)
+    if part == "ffn_write":
+        _zero_outputs(block.get_submodule(where.ffn_reader), gone)
+    elif part == "attention_write":
+        _zero_outputs(block.get_submodule(where.attention_out), gone)
+    else:
+        for reader in where.attention_readers if part == "attention_read" else where.ffn_readers:
+            _zero_inputs(block.get_submodule(reader), gone)
+
+
+PARTIAL = {
+    **{part: partial(_narrow_heads, part=part) for part in ("qk", "value")},
+    **{
+        part: partial(_narrow_stream, part=part)
+        for part in ("attention_read", "attention_write", "ffn_read", "ffn_write")
+    },
+}
+
+
+def _zero_outputs(module: nn.Module, gone: list[int]) -> None:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        signal = output.clone()
+        signal[..., gone] = 0
+        return signal
+
+    module.register_forward_hook(hook)
+
+
+def _silence(module: nn.Module) -> None:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return (0 * output[0], *output[1:]) if isinstance(output, tuple) else 0 * output
+
+    module.register_forward_hook(hook)
+
+
+def _add(module: nn.Module, bias: Tensor) -> None:
+    module.register_forward_hook(lambda _, __, output: output + bias)
 
 
 def project_stream(model: Any, where: Where, basis: Tensor) -> None:

@@ -35,6 +35,11 @@ class Where:
     shared_reader: str = "mlp.shared_expert.down_proj"
     final_norm: str = "model.norm"
     parallel: bool = False
+    attention: str = "self_attn"
+    fused_attention: str = ""
+    attention_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_silent: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,25 @@ _DEEPSEEK = {
     "max_position_embeddings": CONTEXT,
 }
 _LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.1, 2.2, 2.3]}
-_H = Where("transformer.h", ("transformer.word_embeddings",), "self_attention.dense", "mlp", "mlp.dense_4h_to_h")
-_NEOX = Where("gpt_neox.layers", ("gpt_neox.embed_in",), "attention.dense", "mlp", "mlp.dense_4h_to_h")
+_H = Where(
+    "transformer.h",
+    ("transformer.word_embeddings",),
+    "self_attention.dense",
+    "mlp",
+    "mlp.dense_4h_to_h",
+    attention_readers=("self_attention.query_key_value",),
+    ffn_readers=("mlp.dense_h_to_4h",),
+    ffn_silent="mlp.dense_4h_to_h",
+)
+_NEOX = Where(
+    "gpt_neox.layers",
+    ("gpt_neox.embed_in",),
+    "attention.dense",
+    "mlp",
+    "mlp.dense_4h_to_h",
+    attention_readers=("attention.query_key_value",),
+    ffn_readers=("mlp.dense_h_to_4h",),
+)
 _PARALLEL = Where(parallel=True)
 _EXPERTS = Where(experts="mlp.experts")
 
@@ -92,7 +114,16 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3": Tiny(GQA),
     "gpt2": Tiny(
         {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT},
-        Where("transformer.h", ("transformer.wte", "transformer.wpe"), "attn.c_proj", "mlp", "mlp.c_proj"),
+        Where(
+            "transformer.h",
+            ("transformer.wte", "transformer.wpe"),
+            "attn.c_proj",
+            "mlp",
+            "mlp.c_proj",
+            fused_attention="attn.c_attn",
+            attention_readers=("attn.c_attn",),
+            ffn_readers=("mlp.c_fc",),
+        ),
     ),
     "opt": Tiny(
         {
@@ -109,14 +140,24 @@ FAMILIES: dict[str, Tiny] = {
             "self_attn.out_proj",
             "fc2",
             "fc2",
+            ffn_readers=("fc1",),
         ),
     ),
     "mixtral": Tiny(
         {**GQA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
         _EXPERTS,
     ),
-    "phi": Tiny(_PLAIN, Where(attention_out="self_attn.dense", ffn_reader="mlp.fc2", parallel=True)),
-    "phi3": Tiny({**_PLAIN, "sliding_window": 8}),
+    "phi": Tiny(
+        _PLAIN, Where(attention_out="self_attn.dense", ffn_reader="mlp.fc2", parallel=True, ffn_readers=("mlp.fc1",))
+    ),
+    "phi3": Tiny(
+        {**_PLAIN, "sliding_window": 8},
+        Where(
+            fused_attention="self_attn.qkv_proj",
+            attention_readers=("self_attn.qkv_proj",),
+            ffn_readers=("mlp.gate_up_proj",),
+        ),
+    ),
     "gemma": Tiny(GQA),
     "gemma2": Tiny({**GQA, "sliding_window": 8, "query_pre_attn_scalar": 6}),
     "gemma3_text": Tiny({**GQA, "sliding_window": 8, "query_pre_attn_scalar": 6, "sliding_window_pattern": 2}),
@@ -125,7 +166,7 @@ FAMILIES: dict[str, Tiny] = {
     "bloom": Tiny(_BLOOM, _H),
     "stablelm": Tiny(_PLAIN),
     "olmo2": Tiny(GQA),
-    "starcoder2": Tiny({**_PLAIN, "sliding_window": 8}, Where(ffn_reader="mlp.c_proj")),
+    "starcoder2": Tiny({**_PLAIN, "sliding_window": 8}, Where(ffn_reader="mlp.c_proj", ffn_readers=("mlp.c_fc",))),
     "smollm3": Tiny({**GQA, "no_rope_layer_interval": 2}),
     "granite": Tiny(
         {
@@ -140,7 +181,14 @@ FAMILIES: dict[str, Tiny] = {
     "qwen2_moe": Tiny({**_MOE, "shared_expert_intermediate_size": 48}, _EXPERTS),
     "qwen3_moe": Tiny(_MOE, _EXPERTS),
     "olmoe": Tiny({**_PLAIN, "num_experts": 4, "num_experts_per_tok": 2}, _EXPERTS),
-    "deepseek_v3": Tiny(_DEEPSEEK, Where(experts="mlp.experts", shared_reader="mlp.shared_experts.down_proj")),
+    "deepseek_v3": Tiny(
+        _DEEPSEEK,
+        Where(
+            experts="mlp.experts",
+            shared_reader="mlp.shared_experts.down_proj",
+            attention_readers=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+        ),
+    ),
     "gpt_oss": Tiny(
         {
             **GQA,

@@ -9,9 +9,10 @@ from functools import cache
 from math import prod
 
 from secateur.families import Architecture, Block, CanonicalTensor, Sizes, canonical_name
-from secateur.families.roles import MATRICES, TABLES
+from secateur.families.roles import MATRICES, SHORTCUTS, TABLES
 
 _HEAD = canonical_name(None, "head", "weight")
+_INDEX_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,13 @@ class Costs:
     ) -> None:
         self._repeats_head = repeats_head
         self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
-        self._shortcuts_per_block = len(architecture.shortcut_roles)
-        self._inventory: dict[Block, Counter[_Sort]] = {}
+        self._shortcut_roles = architecture.shortcut_roles
+        self._inventory: dict[Block, Counter[_Sort]] = {place: Counter() for place in architecture.places}
         widest = max(itemsizes.values())
-        for place in architecture.places:
-            self._inventory[place] = Counter(
-                _Sort.of(t, itemsizes.get(t.name, widest))
-                for t in architecture.tensors_of(place)
-                if t.name != _HEAD and "triangle" not in t.axes
-            )
+        for tensor in architecture.catalogue.values():
+            if tensor.name != _HEAD and tensor.role not in SHORTCUTS:
+                beside = itemsizes.get(canonical_name(tensor.block, tensor.role, "weight"), widest)  # of a new bias
+                self._inventory[tensor.block][_Sort.of(tensor, itemsizes.get(tensor.name, beside))] += 1
         self._latent = {  # attention of low rank keeps what its keys and values are made of
             t.block: architecture.shapes[t.name][0]
             for t in architecture.tensors.values()
@@ -73,9 +72,11 @@ class Costs:
     def _sum(self, sizes: Sizes, place: Block, weigh: str) -> float:
         total = 0.0
         for sort, count in self._inventory[place].items():
+            if not sort.tensor.exists(sizes) or (sort.tensor.is_index and weigh != "bytes"):
+                continue
             amount = count * prod(sort.tensor.shape(sizes))
             if weigh == "bytes":
-                amount *= sort.itemsize
+                amount *= _INDEX_BYTES if sort.tensor.is_index else sort.itemsize
             elif weigh == "flops":
                 if sort.is_table:
                     continue
@@ -88,12 +89,18 @@ class Costs:
         """The changes of basis in a block: triangles on disk, squares when they run."""
         if place is None or not sizes.shortcuts:
             return 0
-        each = sizes.residual**2 if weigh == "flops" else sizes.axis("triangle", place)
-        return self._shortcuts_per_block * each * (self.itemsize if weigh == "bytes" else 1)
+        total = 0
+        for role in self._shortcut_roles:
+            before, behind = sizes.change_of_basis(role, place)
+            if weigh == "flops":
+                total += (before + sizes.mean_free) * (max(before, behind) + sizes.mean_free)
+            else:
+                total += sum(min(row + 1, behind) for row in range(before))
+        return total * (self.itemsize if weigh == "bytes" else 1)
 
     def _total(self, sizes: Sizes, weigh: str) -> int:
         places: list[Block] = [None, *range(len(sizes.blocks))]
-        head = sizes.vocab * sizes.residual
+        head = sizes.vocab * sizes.width("stem_read", None)
         extra = head * (self.itemsize if weigh == "bytes" else 1)
         shared = sizes.tied and not (weigh == "bytes" and self._repeats_head)
         if shared and weigh != "flops":
@@ -120,6 +127,13 @@ class Costs:
         return 2 * self._total(sizes, "flops")
 
     def kv_bytes(self, sizes: Sizes) -> int:
-        """Bytes of key/value cache per token, in the data type of the weights."""
-        cached = (self._latent.get(i) or 2 * block.kv * sizes.head for i, block in enumerate(sizes.blocks))
+        """Bytes of key/value cache per token, in the data type of the weights.
+
+        The stock cache holds whole heads, also where queries, keys or values are narrower.
+        """
+        cached = (
+            self._latent.get(i) or 2 * block.kv * sizes.head
+            for i, block in enumerate(sizes.blocks)
+            if block.has("attention")
+        )
         return self.itemsize * sum(cached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class GlobalRanking(Sequence[Sizes]):
             others = [(s, n) for s, n in here if s.expert != "shared"]
             if others:
                 mean = sum(n for _, n in others) / len(others)
-                blocks[place] = replace(blocks[place], **{self._field: self._rounded(mean, others[0][0])})
+                change: dict[str, Any] = {self._field: self._rounded(mean, others[0][0])}
+                blocks[place] = replace(blocks[place], **change)
             if shared:
                 blocks[place] = replace(blocks[place], shared=self._rounded(shared[0][1], shared[0][0]))
         return replace(self._base, blocks=tuple(blocks))

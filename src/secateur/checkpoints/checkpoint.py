@@ -131,7 +131,7 @@ class Checkpoint:
             if header.shape != expected:
                 found = f"the file holds {list(header.shape)}, config.json asks for {list(expected)}"
                 self.problems.append(RequestError("shape", f"tensor {packed.name}", found))
-            elif header.dtype not in WEIGHT_DTYPES:
+            elif header.dtype not in WEIGHT_DTYPES and not self.architecture.is_index(packed):
                 found = f"its data type is {header.dtype}"
                 self.problems.append(
                     RequestError("quantised", f"tensor {packed.name}", found, "start from the unquantised checkpoint")
@@ -158,18 +158,19 @@ class Checkpoint:
 
     @cached_property
     def dtypes(self) -> dict[str, str]:
-        """Data type on disk of every canonical tensor."""
+        """Data type on disk of every canonical tensor, indices apart."""
         return {
             name: self.folder.headers[p.name].dtype
             for group in self.packed.values()
             for p in group
             for name in p.canonical
+            if not self.architecture.is_index(p)
         }
 
     @property
     def params(self) -> int:
         """Elements of the tensors that the stock model declares as parameters, shared storage counted once."""
-        described = {p.name for group in self.packed.values() for p in group}
+        described = {p.name for group in self.packed.values() for p in group if not self.architecture.is_index(p)}
         names = described.union(self._on_disk_as_is(self.architecture.unmapped).values())
         return sum(self.folder.headers[name].elements for name in names)
 

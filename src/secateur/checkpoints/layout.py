@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from secateur.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from secateur.checkpoints.folder import TensorHeader
 from secateur.families import Architecture, Block, Packed, canonical_name
+from secateur.families.roles import SHORTCUTS
+
+INDEX_DTYPE = "I32"
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,15 @@ def output_layout(source: Checkpoint, target: Architecture, kept: Sequence[int])
     for name, tensor in source.architecture.tensors.items():
         if tensor.block is None or tensor.block in renumber.new:
             block = None if tensor.block is None else renumber.new[tensor.block]
-            renamed[name] = canonical_name(block, tensor.role, tensor.kind, tensor.expert)
-            shapes[name] = target.shapes[renamed[name]]
+            new = canonical_name(block, tensor.role, tensor.kind, tensor.expert)
+            if new in target.shapes:  # a branch of its block may be gone
+                renamed[name], shapes[name] = new, target.shapes[new]
     pieces: dict[Block, list[Piece]] = {}
     for place in (None, *kept):
         pieces[place] = []
         for packed in source.packed[place]:
+            if any(name not in renamed for name in packed.canonical):
+                continue
             new_name = renumber(packed.name)
             assert new_name is not None
             # what takes turns in it may do so in other numbers
@@ -81,34 +87,42 @@ def output_layout(source: Checkpoint, target: Architecture, kept: Sequence[int])
             made = packed if alike is None else replace(packed, turn=alike.turn)
             header = replace(source.folder.headers[packed.name], name=new_name, shape=made.shape(shapes))
             pieces[place].append(Piece(header, made))
-        if place is not None and target.sizes.shortcuts and not source.architecture.sizes.shortcuts:
-            pieces[place] += _shortcuts(source, target, place, renumber.new[place], renumber)
+        pieces[place] += _added(source, target, place, None if place is None else renumber.new[place], renumber)
     embedding = next(piece for piece in pieces[None] if EMBEDDING in piece.packed.canonical)
     if source.architecture.sizes.tied and (source.repeated_head or not target.sizes.tied):
         module = next(n for n, p in source.architecture.packed.items() if HEAD in p.canonical)
         made_of = EMBEDDING if target.sizes.tied else HEAD
         name = source.repeated_head or module
-        pieces[None].append(Piece(replace(embedding.header, name=name), Packed(name, ((made_of,),))))
+        header = replace(embedding.header, name=name, shape=target.shapes[made_of])
+        pieces[None].append(Piece(header, Packed(name, ((made_of,),))))
     copies = []
     for header in source.passthrough:
         travelling = renumber(header.name)
-        if travelling is not None:
+        if travelling is not None and not target.is_gone(travelling):
             copies.append((header.name, replace(header, name=travelling)))
     return OutputLayout(pieces, copies)
 
 
-def _shortcuts(source: Checkpoint, target: Architecture, old: int, new: int, renumber: _Renumber) -> list[Piece]:
-    """The changes of basis of one block: in the file and the type of the matrix they stand beside."""
+def _added(source: Checkpoint, target: Architecture, old: Block, new: Block, renumber: _Renumber) -> list[Piece]:
+    """What the source does not have in one place (changes of basis, biases, indices), each in the file of the matrix it
+    stands beside."""
     found = []
-    for role in target.shortcut_roles:
-        packed = next(p for p in target.packed_of(new) if p.canonical == (canonical_name(new, role, "weight"),))
-        writer = canonical_name(old, source.architecture.attention_writer(old), "weight")
-        beside = next(p for p in source.packed[old] if writer in p.canonical)
+    for packed in target.packed_of(new):
+        tensors = [target.tensors[name] for name in packed.canonical]
+        names = tuple(canonical_name(old, t.role, t.kind, t.expert) for t in tensors)
+        if names[0] in source.architecture.tensors:
+            continue
+        role = tensors[0].role
+        if role in SHORTCUTS and old is not None:
+            role = source.architecture.attention_writer(old)
+        if role not in source.architecture.roles_of(old):  # the head of its own that a tied one becomes
+            role = "embedding"
+        beside = next(p for p in source.packed[old] if canonical_name(old, role, "weight") in p.canonical)
         header = source.folder.headers[beside.name]
         spelled = _spelled_alike(packed.name, renumber(beside.name) or "", target.family.blocks)
-        shape = packed.shape(target.shapes)
-        made = replace(packed, name=spelled, parts=((canonical_name(old, role, "weight"),),))
-        found.append(Piece(replace(header, name=spelled, shape=shape), made))
+        dtype = INDEX_DTYPE if tensors[0].is_index else header.dtype
+        made = replace(packed, name=spelled, parts=(names,))
+        found.append(Piece(replace(header, name=spelled, dtype=dtype, shape=packed.shape(target.shapes)), made))
     return found
 
 

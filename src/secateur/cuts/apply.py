@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.cuts.stream import narrow_stream
-from secateur.families import Architecture, Block, canonical_name
-from secateur.families.roles import NORMS, writes_stream
+from secateur.families import Architecture, Block, CanonicalTensor, canonical_name, place_name
+from secateur.families.roles import NORMS, PORTS, dimensions_of, writes_stream
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.plans import Plan
 from secateur.spaces import space_name
@@ -35,7 +35,8 @@ def cut_place(
         Tensors under their canonical names (block indices still those before the cut), in the data types they came in.
         A head that the plan unties is added, and so are changes of basis.
     """
-    stored = dict(tensors)
+    added = _added(source, target, place, plan)
+    stored = {**tensors, **_new_biases(source, added, tensors)}
     edits = plan.edits_of(place)
     result = {**stored, **{name: edit.to(next(iter(stored.values())).device) for name, edit in edits.items()}}
     if place is None and source.sizes.tied and not plan.after.tied:
@@ -45,29 +46,87 @@ def cut_place(
         result = narrow_stream(source, target, place, result, plan.bases)
     elif "residual" in plan.kept:
         result = _rescale(source, target, result, plan)
-    return {name: tensor.to(stored[name].dtype) if name in stored else tensor for name, tensor in result.items()}
+    result = {name: tensor.to(stored[name].dtype) if name in stored else tensor for name, tensor in result.items()}
+    return {**result, **_new_indices(source, added, plan)}
+
+
+def _added(source: Architecture, target: Architecture, place: Block, plan: Plan) -> list[tuple[CanonicalTensor, ...]]:
+    """What the output has in one place and the source has not, as the source calls it, by packed tensor."""
+    new = None if place is None else plan.blocks.index(place)
+    found = []
+    for packed in target.packed_of(new):
+        described = [target.tensors[name] for name in packed.canonical]
+        names = [canonical_name(place, tensor.role, tensor.kind, tensor.expert) for tensor in described]
+        if names[0] not in source.tensors and names[0] in source.catalogue:
+            found.append(tuple(source.catalogue[name] for name in names))
+    return found
+
+
+def _new_biases(
+    source: Architecture, added: list[tuple[CanonicalTensor, ...]], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The biases that the plan adds, zero until its edits say what they are."""
+    found = {}
+    for tensor in (tensor for group in added for tensor in group if tensor.kind == "bias"):
+        like = tensors[canonical_name(tensor.block, tensor.role, "weight")]
+        found[tensor.name] = like.new_zeros(tensor.shape(source.sizes))
+    return found
+
+
+def _new_indices(source: Architecture, added: list[tuple[CanonicalTensor, ...]], plan: Plan) -> dict[str, Tensor]:
+    """The indices that the plan adds: where, in the whole signal of its module, a matrix reads or writes."""
+    found = {}
+    for group in added:
+        start, new = 0, None if group[0].block is None else plan.blocks.index(group[0].block)
+        for tensor in (tensor for tensor in group if tensor.is_index):
+            (dimension,) = dimensions_of(tensor.role, tensor.kind)
+            units, narrowed = _positions(source, tensor, dimension, tensor.axes[0], plan.kept)
+            whole = torch.arange(source.sizes.axis(tensor.axes[0], tensor.block)) if units is None else units
+            if narrowed is not None:
+                positions = torch.isin(whole, narrowed).nonzero().flatten()
+            else:  # a basis has put what stays first; of a matrix whose neighbour is narrowed, all
+                width = plan.after.narrowed(PORTS[tensor.role, dimension], new)
+                positions = torch.arange(width or len(whole))
+            found[tensor.name] = (positions + start).to(torch.int32)
+            start += len(whole)
+    return found
 
 
 def select(architecture: Architecture, name: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
     """A canonical tensor with only some units of the spaces that run through it, in the order given.
 
     Args:
-        kept: indices of units by space name; other spaces stay whole.
+        kept: indices of units by space name, and positions along an axis by the name of what narrows it; other spaces
+            stay whole.
     """
-    described = architecture.tensors[name]
-    for dimension, axis in enumerate(described.axes):
-        for kind in KINDS_OF_AXIS.get(axis, ()):
-            units = kept.get(space_name(kind, described))
-            if units is not None:
-                span = architecture.sizes.span(axis, kind, described.block)
-                tensor = select_units(tensor, dimension, units, span)
+    described = architecture.catalogue[name]
+    for i, dimension in enumerate(dimensions_of(described.role, described.kind)):
+        units, narrowed = _positions(architecture, described, dimension, described.axes[i], kept)
+        if narrowed is not None:
+            units = narrowed if units is None else units[torch.isin(units, narrowed)]
+        if units is not None:
+            tensor = tensor.index_select(i, units.to(tensor.device))
     return tensor
 
 
-def select_units(tensor: Tensor, dimension: int, kept: Tensor, span: int) -> Tensor:
-    """Keep whole units along a dimension; unit u covers positions [u * span, (u + 1) * span)."""
-    positions = (kept[:, None] * span + torch.arange(span)).flatten()
-    return tensor.index_select(dimension, positions.to(tensor.device))
+def _positions(
+    architecture: Architecture, described: CanonicalTensor, dimension: int, axis: str, kept: Mapping[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Positions of the units that stay along a dimension, and of what is left of it where it is narrowed; None: all."""
+    units = narrowed = None
+    for kind in KINDS_OF_AXIS.get(axis, ()):
+        found = kept.get(space_name(kind, described))
+        if found is not None:
+            span = architecture.sizes.span(axis, kind, described.block)
+            units = (found[:, None] * span + torch.arange(span)).flatten()
+    field = PORTS.get((described.role, dimension))
+    if field is not None:
+        narrowed = kept.get(f"{place_name(described.block)}.{field}")
+        if narrowed is not None and axis == "heads" and described.block is not None:
+            head, group = architecture.sizes.head, architecture.sizes.blocks[described.block].group
+            firsts = narrowed // head * group * head + narrowed % head  # of the first query head of each group
+            narrowed = (firsts[:, None] + head * torch.arange(group)).flatten().sort().values
+    return units, narrowed
 
 
 def _rescale(

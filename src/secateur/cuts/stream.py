@@ -4,7 +4,9 @@ A stream of width D becomes width d through x' = s R x with s = sqrt(d / D): rea
 ``reduce``. A stock RMSNorm over d dimensions divides by sqrt(|x'|^2 / d + eps) = sqrt(|R x|^2 / D + eps), so with norm
 weights of 1 / s the readers see exactly the normalised projection; eps stays as it is (SliceGPT, arXiv:2401.15024,
 sec. 3). With one basis for all blocks the stock classes compute it as they are; with bases of their own, a shortcut
-from each basis to the next stands beside the matrix that writes the stream (per-layer layout).
+from each basis to the next stands beside the matrix that writes the stream (per-layer layout). Those bases may be
+of different widths: the stream is as wide as the widest, which is the d of the norms, and the others use its first
+dimensions.
 
 A LayerNorm also subtracts the mean. The projection is therefore carried in the hyperplane orthogonal to the vector
 of ones, which takes one spare dimension: d = k + 1 for k directions. Where a norm's bias meets a reader without one
@@ -15,14 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InternalError
-from secateur.families import Architecture, Block, canonical_name
+from secateur.families import Architecture, Block, Sizes, canonical_name
 from secateur.families.modeling_secateur import hyperplane
 from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
@@ -40,6 +42,55 @@ def interfaces(architecture: Architecture) -> list[str]:
     return [*names, "stem.final_norm"]
 
 
+def sliced(architecture: Architecture, sizes: Sizes, directions: Mapping[str, int]) -> Sizes:
+    """Sizes of a stream that keeps so many directions at each of its interfaces, with a head of its own.
+
+    Args:
+        architecture: the dense one.
+        sizes: all other sizes.
+        directions: how many survive, by interface (``interfaces``).
+    """
+    order = interfaces(architecture)
+    widths = [directions[name] + sizes.mean_free for name in order]
+    whole = max(widths)
+    at = dict(zip(order, (width % whole for width in widths), strict=True))  # the widest is the stream: no port
+    behind = dict(zip(order, list(at.values())[1:], strict=False))
+    blocks = []
+    for index, block in enumerate(sizes.blocks):
+        read, norm = (f"blocks.{index}.{norm}" for norm in ("attention_norm", "ffn_norm"))
+        last = read if architecture.parallel else norm
+        blocks.append(
+            replace(
+                block,
+                attention_read=at[read],
+                attention_write=behind[read],
+                ffn_read=at[last],
+                ffn_write=behind[last],
+            )
+        )
+    return replace(
+        sizes.untied(),
+        residual=whole,
+        shortcuts=True,
+        blocks=tuple(blocks),
+        stem_write=at[order[0]],
+        stem_read=at[order[-1]],
+    )
+
+
+def triangular(directions: Tensor, before: Tensor) -> Tensor:
+    """The same subspace in the gauge in which the change of basis from the interface before is lower triangular.
+
+    A rotation is free up to an orthogonal map of what survives; the LQ decomposition of the change chooses it.
+
+    Args:
+        directions: [D, k] orthonormal columns.
+        before: [D, j] orthonormal columns, as they are used.
+    """
+    gauge: Tensor = torch.linalg.qr((before.t() @ directions).t(), mode="complete").Q
+    return (directions @ gauge).contiguous()
+
+
 _NO_MEAN = 1e-8  # of an entry of a unit vector
 
 
@@ -50,10 +101,12 @@ class StreamBasis:
     Attributes:
         directions: [D, k] float64, orthonormal columns: what survives of the stream.
         mean_free: whether the norms subtract the mean (LayerNorm).
+        norm_width: dimensions over which the norms divide, where the stream is wider elsewhere; 0: its own.
     """
 
     directions: Tensor
     mean_free: bool
+    norm_width: int = 0
 
     @cached_property
     def _projected(self) -> Tensor:
@@ -72,8 +125,8 @@ class StreamBasis:
 
     @property
     def scale(self) -> float:
-        """s = sqrt(d / D)."""
-        return math.sqrt(self.width / self.directions.shape[0])
+        """s = sqrt(d / D), d being what the norms divide by."""
+        return math.sqrt((self.norm_width or self.width) / self.directions.shape[0])
 
     @cached_property
     def restore(self) -> Tensor:
@@ -96,9 +149,11 @@ class _Place:
         architecture: the dense architecture.
         place: block index, or None for the stem.
         bases: directions that survive, by interface, or one for all.
+        norm_width: width of the narrowed stream, that of its widest interface.
     """
 
-    def __init__(self, architecture: Architecture, place: Block, bases: Mapping[str, Tensor]) -> None:
+    def __init__(self, architecture: Architecture, place: Block, bases: Mapping[str, Tensor], norm_width: int) -> None:
+        self._norm_width = norm_width
         self._bases, self._mean_free = bases, architecture.family.norm == "layer"
         self._order = interfaces(architecture)
         self._place, self._parallel = place, architecture.parallel
@@ -107,7 +162,7 @@ class _Place:
     def _basis(self, interface: str) -> StreamBasis:
         name = SHARED if SHARED in self._bases else interface
         if name not in self._made:
-            self._made[name] = StreamBasis(self._bases[name], self._mean_free)
+            self._made[name] = StreamBasis(self._bases[name], self._mean_free, self._norm_width)
         return self._made[name]
 
     def read_by(self, norm: str) -> StreamBasis:
@@ -126,7 +181,7 @@ class _Place:
         return self._basis(self._order[self._order.index(f"blocks.{self._place}.{last}") + 1])
 
     def shortcut(self, role: str) -> Tensor:
-        """Packed lower triangle of the change of basis behind the attention or the FFN."""
+        """Packed lower triangle, or trapezoid, of the change of basis behind the attention or the FFN."""
         if role == "attention_shortcut":
             first, second = self.read_by("attention_norm"), self.written_by("out")
         else:
@@ -148,18 +203,19 @@ def narrow_stream(
         tensors: canonical tensors of the place; those of the stem hold the head unless it stays tied.
         bases: [D, k] directions that survive, one named ``residual`` for all or one for each of ``interfaces``.
     """
-    here, offset = _Place(source, place, bases), source.family.norm_offset
+    width = target.sizes.residual
+    here, offset = _Place(source, place, bases, width), source.family.norm_offset
     result = {name: _precise(tensor) for name, tensor in tensors.items()}
     constants: dict[str, Tensor] = {}  # what the norm's bias adds to a reader that has no bias of its own
     spare: set[str] = set()
     norm_of: dict[str, str] = {}
-    roles = {source.tensors[name].role for name in tensors}
+    roles = {source.catalogue[name].role for name in tensors}
     for norm, readers in readers_of_norms(roles).items():
         weight, bias = (result.get(canonical_name(place, norm, kind)) for kind in ("weight", "bias"))
         if weight is None:
             continue
         for name in tensors:
-            described = source.tensors[name]
+            described = source.catalogue[name]
             if described.role not in readers or described.kind != "weight":
                 continue
             norm_of[name] = norm
@@ -187,12 +243,12 @@ def narrow_stream(
     stored = tensors[canonical_name(None, "embedding", "weight")].dtype if place is None else like.dtype
     gain = source.embedding_gain(stored) / target.embedding_gain(stored)
     for name, tensor in result.items():
-        described = source.tensors[name]
+        described = source.catalogue[name]
         role, kind = described.role, described.kind
         if NORMS.get(role) == ("residual",):
             basis = here.read_by(role)
             fill = 1 / basis.scale - offset if kind == "weight" else float(name in spare)
-            result[name] = tensor.new_full((basis.width,), fill)
+            result[name] = tensor.new_full((width,), fill)
         elif role in TABLES or writes_stream(role):
             result[name] = tensor @ reduce(role).t() if role in TABLES else reduce(role) @ tensor
             if role == "embedding":

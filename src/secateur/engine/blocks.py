@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, Packed
 from secateur.families.resizing import layer_record
+from secateur.families.roles import INDICES
 from secateur.families.stock import skeleton_model
 
 
@@ -72,6 +73,8 @@ class BlockRunner:
         """Free the weights of a place."""
         for packed in self.architecture.packed_of(place):
             module, leaf = self._locate(packed)
+            if leaf in module._buffers:
+                continue  # an index
             shape = module.get_parameter(leaf).shape
             module._parameters[leaf] = nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), False)
         if place is None:
@@ -90,7 +93,10 @@ class BlockRunner:
     def _assign(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        expected = module._parameters[leaf]
+        if leaf in INDICES:
+            module._buffers[leaf] = value.to(self.device)
+            return
+        expected = module._parameters.get(leaf)
         if expected is None or expected.shape != value.shape:
             found = None if expected is None else list(expected.shape)
             raise InternalError("shape", f"loading {name} of shape {list(value.shape)}", f"the module holds {found}")

@@ -48,8 +48,12 @@ class LatencyModel:
         runner = BlockRunner(target, self._dtype, self._device)
         generator = torch.Generator().manual_seed(0)
         for place in target.places:
-            shapes = {t.name: target.shapes[t.name] for t in target.tensors_of(place)}
-            runner.load(place, {n: 0.02 * torch.randn(s, generator=generator) for n, s in shapes.items()})
+            tensors = {}
+            for tensor in target.tensors_of(place):
+                shape = target.shapes[tensor.name]
+                values = 0.02 * torch.randn(shape, generator=generator)
+                tensors[tensor.name] = torch.arange(*shape, dtype=torch.int32) if tensor.is_index else values
+            runner.load(place, tensors)
         ids = torch.randint(sizes.vocab, (1, _TOKENS), generator=generator)
         hidden, calls = runner.capture(ids)
         block, stem = [], []

@@ -239,7 +239,11 @@ class _Collector:
     def __init__(self, runner: BlockRunner, place: Block, squares: bool, windows: int) -> None:
         self._runner, self._squares, self._windows = runner, squares, windows
         architecture = runner.architecture
-        self._packed = [p for p in architecture.packed_of(place) if "stem.embedding.weight" not in p.canonical]
+        self._packed = [
+            packed
+            for packed in architecture.packed_of(place)
+            if "stem.embedding.weight" not in packed.canonical and not architecture.is_index(packed)
+        ]
         if place is None:
             self._packed = [p for p in self._packed if "stem.positions.weight" not in p.canonical]
         self.parameters = [runner.parameter(packed).requires_grad_(True) for packed in self._packed]

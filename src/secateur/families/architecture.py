@@ -15,8 +15,20 @@ from typing import Any
 import torch
 
 from secateur.errors import InternalError, refuse
+from secateur.families.branches import StandIn, gone_modules
 from secateur.families.packing import Packed, Shape
-from secateur.families.roles import ATTENTION_WRITERS, axes_of
+from secateur.families.roles import (
+    ATTENTION_WRITERS,
+    BIASES,
+    INDICES,
+    PORTS,
+    SHORTCUTS,
+    WHOLE,
+    axes_of,
+    branches_of,
+    dimensions_of,
+    index_kind,
+)
 from secateur.families.schema import Entry, Family, holds, load_family
 from secateur.families.sizes import BlockSizes, Expert, Sizes
 from secateur.families.stock import meta_model, stock_config
@@ -27,10 +39,11 @@ Block = int | None
 
 @dataclass(frozen=True)
 class CanonicalTensor:
-    """A matrix, bias or norm weight in its canonical place.
+    """A matrix, bias, norm weight or index in its canonical place.
 
     ``name`` is ``stem.ROLE.KIND``, ``blocks.I.ROLE.KIND`` or ``blocks.I.experts.E.ROLE.KIND``; ``fixed`` its shape in
-    the stock class, where it has axes of its own.
+    the stock class, where it has axes of its own. It is there where the block has one of ``branches`` (if any are
+    named) and one of the sizes ``asked`` (if any are named) asks for it.
     """
 
     name: str
@@ -39,17 +52,42 @@ class CanonicalTensor:
     block: Block
     expert: Expert
     fixed: Shape | None = None
+    branches: frozenset[str] = frozenset()
+    asked: frozenset[str] = frozenset()
 
     @property
     def axes(self) -> tuple[str, ...]:
         return axes_of(self.role, self.kind)
 
+    @property
+    def is_index(self) -> bool:
+        """Whether it says where a matrix reads or writes, rather than what it computes."""
+        return self.kind in INDICES
+
+    def exists(self, sizes: Sizes) -> bool:
+        """Whether it is there at some sizes."""
+        if self.branches and self.block is not None and not any(map(sizes.blocks[self.block].has, self.branches)):
+            return False
+        return not self.asked or any(self._asks(field, sizes) for field in self.asked)
+
+    def _asks(self, field: str, sizes: Sizes) -> bool:
+        if field in WHOLE:
+            return bool(sizes.narrowed(field, self.block))
+        return self.block is not None and bool(getattr(sizes.blocks[self.block], field))
+
     def shape(self, sizes: Sizes) -> Shape:
         """Its shape at some sizes."""
-        return tuple(
-            self.fixed[i] if axis == "own" and self.fixed else sizes.axis(axis, self.block, self.expert)
-            for i, axis in enumerate(self.axes)
-        )
+        if self.role in SHORTCUTS and self.block is not None:
+            rows, columns = sizes.change_of_basis(self.role, self.block)
+            return (sum(min(row + 1, columns) for row in range(rows)),)
+        found = []
+        for i, (axis, dimension) in enumerate(zip(self.axes, dimensions_of(self.role, self.kind), strict=True)):
+            length = self.fixed[i] if axis == "own" and self.fixed else sizes.axis(axis, self.block, self.expert)
+            field = PORTS.get((self.role, dimension))
+            if field and (narrowed := sizes.narrowed(field, self.block)):
+                length = length * narrowed // int(getattr(sizes, WHOLE[field]))
+            found.append(length)
+        return tuple(found)
 
 
 def place_name(block: Block) -> str:
@@ -91,6 +129,12 @@ class Architecture:
         self.unmapped: dict[str, Shape] = {}
         for name in self.stock_shapes:
             self._map(name)
+        self._say_what_needs_them()
+        self._offer_biases()
+        self._offer_indices()
+        self.catalogue = dict(self.tensors)
+        self.gone: dict[str, StandIn] = gone_modules(self)
+        self._drop()
         if self.sizes.shortcuts:
             self._add_shortcuts()
         self._check_shapes()
@@ -172,7 +216,7 @@ class Architecture:
             kind = entry.kind
         experts: Iterable[Expert] = (None,)
         if entry.experts and block is not None:
-            experts = range(self.sizes.blocks[block].experts)
+            experts = range(self.sizes.blocks[block].experts or 1)  # of an FFN that is gone, to know that it was there
         elif entry.shared:
             experts = ("shared",)
         fixed = shape if len(entry.roles) == 1 and not entry.experts else None
@@ -190,13 +234,80 @@ class Architecture:
         turn = {None: None, "kv": (1, self.sizes.head), "ffn": (0, 1)}[entry.turns]
         self.packed[name] = Packed(name, tuple(parts), entry.experts, self._transposed(entry, block), turn)
 
+    def _say_what_needs_them(self) -> None:
+        """Which branches of its block each tensor belongs to."""
+        roles: dict[Block, set[str]] = {}
+        for tensor in self.tensors.values():
+            roles.setdefault(tensor.block, set()).add(tensor.role)
+        needed = {
+            (place, role): branches_of(role, here)
+            for place, here in roles.items()
+            if place is not None
+            for role in here
+        }
+        for name, tensor in self.tensors.items():
+            if tensor.block is not None:
+                self.tensors[name] = replace(tensor, branches=needed[tensor.block, tensor.role])
+
+    def _offer(self, like: Packed, kind: str, parts: list[CanonicalTensor]) -> None:
+        """A tensor beside a matrix that only the per-layer layout knows."""
+        name = f"{like.name.rpartition('.')[0]}.{kind}"
+        self.tensors.update({part.name: part for part in parts})
+        self.packed[name] = Packed(name, (tuple(part.name for part in parts),))
+        self._places[name] = self._place(name)
+
+    def _matrices(self) -> list[tuple[Packed, list[CanonicalTensor]]]:
+        """Matrices of modules of their own, each with the canonical ones that it holds."""
+        found = []
+        for name, packed in self.packed.items():
+            parts = [self.tensors[part] for part in packed.canonical]
+            if name.endswith(".weight") and not packed.stacked and len(parts[0].axes) == 2:
+                found.append((packed, parts))
+        return found
+
+    def _offer_biases(self) -> None:
+        """The biases that a block may get."""
+        for packed, parts in self._matrices():
+            role = parts[0].role
+            if role not in BIASES or parts[0].expert is not None:
+                continue
+            bias = replace(parts[0], name=canonical_name(parts[0].block, role, "bias"), kind="bias", fixed=None)
+            if bias.name not in self.tensors:
+                self._offer(packed, "bias", [replace(bias, asked=frozenset({BIASES[role]}))])
+
+    def _offer_indices(self) -> None:
+        """The indices of matrices that may read or write less of a signal; one for all that share a module."""
+        for packed, parts in self._matrices():
+            for dimension in (0, 1):
+                fields = frozenset(PORTS[part.role, dimension] for part in parts if (part.role, dimension) in PORTS)
+                if not fields or parts[0].expert is not None or (packed.turn is not None and not dimension):
+                    continue
+                kind = index_kind(parts[0].role, dimension)
+                group = parts if dimension == 0 else parts[:1]
+                indices = [
+                    replace(p, name=canonical_name(p.block, p.role, kind), kind=kind, fixed=None, asked=fields)
+                    for p in group
+                ]
+                self._offer(packed, kind, indices)
+
+    def _drop(self) -> None:
+        """Leave out what is not there at these sizes."""
+        self.tensors = {name: tensor for name, tensor in self.catalogue.items() if tensor.exists(self.sizes)}
+        self.packed = {n: p for n, p in self.packed.items() if all(part in self.tensors for part in p.canonical)}
+        self.unmapped = {name: shape for name, shape in self.unmapped.items() if not self.is_gone(name)}
+        self.buffers = [name for name in self.buffers if not self.is_gone(name)]
+
+    def is_gone(self, name: str) -> bool:
+        """Whether a parameter or buffer of the stock class lies in a module that is not there."""
+        return any(name.startswith(f"{module}.") for module in self.gone)
+
     def _add_shortcuts(self) -> None:
         """The maps between the bases of the stream, beside the modules that write it."""
         blocks = range(len(self.sizes.blocks))
         writers = {(block, role): self.writer_of(role, block) for block in blocks for role in self.shortcut_roles}
         for (block, role), writer in writers.items():
             tensor = CanonicalTensor(canonical_name(block, role, "weight"), role, "weight", block, None)
-            self.tensors[tensor.name] = tensor
+            self.tensors[tensor.name] = self.catalogue[tensor.name] = tensor
             name = f"{writer}.shortcut"
             self.packed[name] = Packed(name, ((tensor.name,),))
             self._places[name] = self._place(name)
@@ -263,6 +374,22 @@ class Architecture:
     def query_heads(self) -> int:
         """Query heads of a block, the largest number of any."""
         return max((block.kv * block.group for block in self.sizes.blocks), default=0)
+
+    def is_index(self, packed: Packed) -> bool:
+        """Whether a packed tensor is an index beside a matrix rather than a parameter."""
+        return self.tensors[packed.canonical[0]].is_index
+
+    @property
+    def ports(self) -> dict[str, dict[str, list[int]]]:
+        """Modules that read or write less of a signal than the stock class: [entries, of how many] by index kind."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for name, packed in self.packed.items():
+            module, _, kind = name.rpartition(".")
+            tensors = [self.tensors[part] for part in packed.canonical]
+            if self.is_index(packed):
+                whole = sum(self.sizes.axis(tensor.axes[0], tensor.block) for tensor in tensors)
+                found.setdefault(module, {})[kind] = [packed.shape(self.shapes)[0], whole]
+        return found
 
     def attention_writer(self, block: Block) -> str:
         """The role by which the attention of a block writes the stream."""

@@ -17,6 +17,7 @@ f(norm(x)), so the branch is given x (S - 1) on its way.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import shutil
@@ -32,6 +33,8 @@ AUTO_MAP = {"AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM"}
 
 def resize(model: nn.Module, record: dict[str, Any]) -> None:
     """Give the modules of a stock model the sizes in ``record`` (``resize`` of ``secateur.json``), without values."""
+    for path, stand_in in record.get("gone", {}).items():
+        _leave_out(model, path, stand_in)
     for name, shape in record["parameters"].items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -49,6 +52,8 @@ def resize(model: nn.Module, record: dict[str, Any]) -> None:
             if inner:
                 told.config = copy.copy(told.config)
             setattr(told.config if inner else told, leaf, value)
+    for path, indices in record.get("ports", {}).items():
+        _narrow(model.get_submodule(path), indices)
     for path, shortcut in record["shortcuts"].items():
         _Shortcut(model.get_submodule(shortcut["norm"]), model.get_submodule(path), shortcut)
 
@@ -65,11 +70,70 @@ def _tell(module: Any, shape: list[int]) -> None:
         module.out_features, module.in_features = shape
 
 
+def _narrow(module: nn.Module, indices: dict[str, list[int]]) -> None:
+    """Let a matrix read some entries of its input, and write some of its output; the others are zero.
+
+    Which ones stands in an int32 buffer beside the matrix.
+    """
+    for kind, (count, whole) in indices.items():
+        module.register_buffer(kind, torch.zeros(count, dtype=torch.int32))
+        if kind == "read_index":
+            module.register_forward_pre_hook(_read)
+        else:
+            module.register_forward_hook(_writer(whole))
+
+
+def _read(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].index_select(-1, module.read_index), *inputs[1:])
+
+
+def _writer(whole: int) -> Any:
+    def write(module: Any, _: Any, output: Any) -> Any:
+        return output.new_zeros(*output.shape[:-1], whole).index_copy(-1, module.write_index.long(), output)
+
+    return write
+
+
+def _leave_out(model: nn.Module, path: str, stand_in: str | int) -> None:
+    """Put in a module's place what adds nothing to the stream."""
+    parent, _, leaf = path.rpartition(".")
+    around = model.get_submodule(parent)
+    made = _NoAttention(around._modules[leaf]) if stand_in == "attention" else _StandIn(stand_in)
+    around._modules[leaf] = made
+    around._is_hf_initialized = True  # type: ignore[assignment]  # transformers would give values to what is gone
+
+
+class _NoAttention(nn.Module):
+    """Zeros, or the stream itself where the attention of a stock class adds it."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.signature = inspect.signature(stock.forward)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        given = self.signature.bind_partial(*args, **kwargs).arguments
+        stream = given.get("residual")
+        return (torch.zeros_like(next(iter(given.values()))) if stream is None else stream), None
+
+
+class _StandIn(nn.Module):
+    """What is left of a norm (its input), a router (nothing) or a matrix (zeros of some width)."""
+
+    def __init__(self, what: str | int) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, signal: Any, *_: Any, **__: Any) -> Any:
+        if isinstance(self.what, int):
+            return signal.new_zeros(*signal.shape[:-1], self.what)
+        return signal if self.what == "same" else (None, None, None)
+
+
 class _Shortcut:
     """Remembers what a norm reads and adds x (S - 1) to what the writer behind it gives."""
 
     def __init__(self, norm: nn.Module, writer: nn.Module, settings: dict[str, Any]) -> None:
-        self.mean_free, self.gain = settings["mean_free"], settings["gain"]
+        self.mean_free, self.gain, self.shape = settings["mean_free"], settings["gain"], settings.get("shape")
         self.seen: Any = None
         self.map: Any = None
         self.state: Any = None
@@ -82,32 +146,44 @@ class _Shortcut:
     def _add(self, writer: Any, _: Any, output: Any) -> Any:
         seen, self.seen = self.seen, None
         signal = output[0] if isinstance(output, tuple) else output
-        moved = signal + (seen @ self._map(writer.shortcut)).view(signal.shape).to(signal.dtype)
+        change = self._map(writer.shortcut)
+        added = seen[..., : change.shape[0]] @ change
+        if change.shape[1] < signal.shape[-1]:
+            added = nn.functional.pad(added, (0, signal.shape[-1] - change.shape[1]))
+        moved = signal + added.view(signal.shape).to(signal.dtype)
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     def _map(self, packed: torch.Tensor) -> torch.Tensor:
         """(S - 1) / gain, kept until the parameter changes."""
         state = (packed.data_ptr(), packed._version, packed.dtype, packed.device)
         if self.map is None or self.state != state or (torch.is_grad_enabled() and packed.requires_grad):
-            self.map, self.state = change_of_basis(packed, self.mean_free) / self.gain, state
+            self.map, self.state = change_of_basis(packed, self.mean_free, self.shape) / self.gain, state
         found: torch.Tensor = self.map
         return found
 
 
-def change_of_basis(packed: torch.Tensor, mean_free: bool) -> torch.Tensor:
-    """S - 1 from its packed lower triangle.
+def change_of_basis(packed: torch.Tensor, mean_free: bool, shape: list[int] | None = None) -> torch.Tensor:
+    """S - 1 from the packed lower triangle of S.
 
     Of a stream without a mean (LayerNorm), the triangle acts in the hyperplane orthogonal to the vector of ones.
+
+    Args:
+        packed: the entries of S on and below its diagonal, row by row.
+        mean_free: whether the stream has no mean.
+        shape: of S, where the stream is narrower on one side: a trapezoid. Square when omitted.
+
+    Returns:
+        [width before, the wider of both]: what is added to the stream, S filled up with zeros.
     """
     size = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
-    rows, columns = torch.tril_indices(size, size, device=packed.device)
+    before, behind = shape or (size, size)
+    rows, columns = torch.tril_indices(before, behind, device=packed.device)
     wide = packed if packed.dtype == torch.float64 else packed.float()
-    square = wide.new_zeros(size, size).index_put((rows, columns), wide)
-    square = square - torch.eye(size, dtype=wide.dtype, device=wide.device)
+    change = wide.new_zeros(before, behind).index_put((rows, columns), wide)
     if mean_free:
-        plane = hyperplane(size + 1).to(square)
-        square = plane @ square @ plane.t()
-    return square.to(packed.dtype)
+        change = hyperplane(before + 1).to(wide) @ change @ hyperplane(behind + 1).to(wide).t()
+    change = nn.functional.pad(change, (0, max(0, change.shape[0] - change.shape[1])))
+    return (change - torch.eye(*change.shape, dtype=wide.dtype, device=wide.device)).to(packed.dtype)
 
 
 def hyperplane(size: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.families.architecture import Architecture
+from secateur.families.branches import cache_slots
 from secateur.families.limits import Layout
 from secateur.families.modeling_secateur import AUTO_MAP
 from secateur.families.sizes import BlockSizes, Sizes
@@ -126,19 +127,22 @@ def layer_record(architecture: Architecture) -> dict[str, Any]:
     Returns:
         ``parameters``: shape of every parameter that differs from the stock class's, by name; ``attributes``: what
         else its modules must be told, by module; ``shortcuts``: by the module whose output is added to the stream,
-        the norm whose input is the stream; ``sizes``: all sizes.
+        the norm whose input is the stream, and the directions before and behind; ``ports``: by module, how many
+        entries of a signal it reads or writes, and of how many; ``gone``: what stands in for modules that are not
+        there; ``sizes``: all sizes.
     """
     parameters, shortcuts = {}, {}
     attributes: dict[str, dict[str, int]] = {}
     for name, packed in architecture.packed.items():
         shape = packed.shape(architecture.shapes)
-        if shape != architecture.stock_shapes.get(name):
+        if shape != architecture.stock_shapes.get(name) and not architecture.is_index(packed):
             parameters[name] = list(shape)
     sizes, family = architecture.sizes, architecture.family
     for block in range(len(sizes.blocks)):
         for module, wanted in family.attributes.items():
             path = f"{family.blocks}.{block}.{module}"
-            if any(name.startswith(path + ".") for name in architecture.stock_shapes):  # not every block has it
+            inside = any(name.startswith(path + ".") for name in architecture.stock_shapes)  # not every block has it
+            if inside and path not in architecture.gone:
                 attributes[path] = {attribute: sizes.axis(axis, block) for attribute, axis in wanted.items()}
         for role in architecture.shortcut_roles if sizes.shortcuts else ():
             norm = "attention_norm" if role == "attention_shortcut" else "ffn_norm"
@@ -146,8 +150,18 @@ def layer_record(architecture: Architecture) -> dict[str, Any]:
                 "norm": architecture.module_of(norm, block),
                 "mean_free": bool(sizes.mean_free),
                 "gain": float(getattr(architecture.config, family.branch_multiplier or "", 1.0)),
+                "shape": list(sizes.change_of_basis(role, block)),
             }
-    return {"parameters": parameters, "attributes": attributes, "shortcuts": shortcuts, "sizes": asdict(sizes)}
+    for path, slot in cache_slots(architecture).items():
+        attributes.setdefault(path, {})["layer_idx"] = slot
+    return {
+        "parameters": parameters,
+        "attributes": attributes,
+        "shortcuts": shortcuts,
+        "ports": architecture.ports,
+        "gone": architecture.gone,
+        "sizes": asdict(sizes),
+    }
 
 
 def sizes_of(record: dict[str, Any]) -> Sizes:

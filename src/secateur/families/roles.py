@@ -67,6 +67,73 @@ OVER_ALL_HEADS: Final = ("q_norm_all", "k_norm_all")
 
 _ATTENTION: Final = ("q", "k", "v", "latent_q", "latent_kv")
 _FFN: Final = ("router", "shared_router", "gate", "up")
+_POST_NORMS: Final = {"attention_post_norm": "attention", "ffn_post_norm": "ffn"}
+
+NORMS_OF_HEADS: Final = ("q_norm", "k_norm", "q_norm_each", "k_norm_each", *OVER_ALL_HEADS)
+"""Norms whose divisor sums over the dimensions of a head."""
+
+READ, WRITE = "read_index", "write_index"
+INDICES: Final = (READ, WRITE)
+"""Kinds of the tensors that say which entries of a wider signal a narrowed matrix reads or writes."""
+
+PORTS: Final[dict[tuple[str, int], str]] = {
+    **{(role, 0): "qk" for role in ("q", "k")},
+    ("v", 0): "value",
+    ("out", 1): "value",
+    **{(role, 1): "attention_read" for role in _ATTENTION},
+    **{(role, 0): "attention_write" for role in ATTENTION_WRITERS},
+    **{(role, 1): "ffn_read" for role in _FFN},
+    ("down", 0): "ffn_write",
+    **{(role, 1): "stem_write" for role in TABLES},
+    ("head", 1): "stem_read",
+}
+"""Which size, besides that of its axis, narrows a (role, dimension): the stock signal stays as wide as the axis says,
+the matrix reads or writes some of its entries."""
+
+WHOLE: Final[dict[str, str]] = {
+    **dict.fromkeys(("qk", "value"), "head"),
+    **dict.fromkeys(("attention_read", "attention_write", "ffn_read", "ffn_write"), "residual"),
+    **dict.fromkeys(("stem_write", "stem_read"), "residual"),
+}
+"""What each of these sizes is a part of: of an axis that is n times as long, it leaves n times as much."""
+
+BIASES: Final = {"out": "out_bias", "down": "down_bias"}
+"""The flag by which a role gets a bias that the stock class does not have."""
+
+SHORTCUTS: Final = {
+    "attention_shortcut": ("attention_read", "attention_write"),
+    "ffn_shortcut": ("ffn_read", "ffn_write"),
+}
+"""Widths of the stream before and behind a change of basis."""
+
+
+def branch_of(role: str) -> str | None:
+    """``attention`` or ``ffn``, whose role it is by itself; None of a role of the stem or of a norm before them."""
+    if role in _POST_NORMS:
+        return _POST_NORMS[role]
+    if role in (*_FFN, "down"):
+        return "ffn"
+    axes = {*MATRICES.get(role, ()), *NORMS.get(role, ())}
+    if role.startswith("latent") or axes & {"heads", "kv", "query_heads", "kv_heads", "head"}:
+        return "attention"
+    return None
+
+
+def branches_of(role: str, beside: Collection[str]) -> frozenset[str]:
+    """The branches of a block that need a role; empty for one that no branch owns.
+
+    Args:
+        beside: all roles of the block.
+    """
+    if own := branch_of(role):
+        return frozenset({own})
+    readers = readers_of_norms(beside).get(role, ())
+    return frozenset(filter(None, (branch_of(reader) for reader in readers if reader in beside)))
+
+
+def index_kind(role: str, dimension: int) -> str:
+    """Kind of the index of a narrowed dimension: a table writes its second, a matrix its first."""
+    return READ if dimension and role not in TABLES else WRITE
 
 
 def readers_of_norms(roles: Collection[str]) -> dict[str, tuple[str, ...]]:
@@ -80,11 +147,18 @@ def readers_of_norms(roles: Collection[str]) -> dict[str, tuple[str, ...]]:
     return {"attention_norm": (*_ATTENTION, *_FFN), "final_norm": ("head",)}
 
 
+def dimensions_of(role: str, kind: str) -> tuple[int, ...]:
+    """The dimensions of a role's matrix along which its ``weight``, ``bias`` or index lies."""
+    every = range(len(NORMS.get(role, ()) or MATRICES[role]))
+    if kind in INDICES:
+        return tuple(d for d in every if (role, d) in PORTS and index_kind(role, d) == kind)
+    return tuple(every) if kind == "weight" or role in NORMS else (0,)
+
+
 def axes_of(role: str, kind: str) -> tuple[str, ...]:
-    """Axis names of a role's ``weight`` or ``bias``."""
-    if role in NORMS:
-        return NORMS[role]
-    return MATRICES[role] if kind == "weight" else MATRICES[role][:1]
+    """Axis names of a role's ``weight``, ``bias`` or index."""
+    axes = NORMS.get(role) or MATRICES[role]
+    return tuple(axes[d] for d in dimensions_of(role, kind))
 
 
 def writes_stream(role: str) -> bool:

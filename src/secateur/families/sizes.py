@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from secateur.errors import InternalError
+from secateur.families.roles import SHORTCUTS, WHOLE
 
 Kind = Literal["ffn", "kv", "heads", "residual", "blocks"]
 Expert = int | Literal["shared"] | None
@@ -23,6 +24,17 @@ class BlockSizes:
         group: query heads of each group.
         experts: routed experts, 0 for a dense FFN.
         shared: neurons of the expert that every token visits, 0 without one.
+
+    Only the per-layer layout knows what follows; 0 and False are as the stock class has it.
+
+    Attributes:
+        qk: dimensions that every query and key head keeps.
+        value: dimensions that every value head keeps.
+        attention_read, ffn_read: dimensions of the stream that the branch reads, behind its norm.
+        attention_write, ffn_write: dimensions of the stream that the branch writes.
+        out_bias, down_bias: a bias that the stock class has not.
+
+    Without any of ``kv`` the block has no attention; without ``ffn``, ``experts`` and ``shared`` no FFN.
     """
 
     ffn: int
@@ -30,6 +42,18 @@ class BlockSizes:
     group: int = 1
     experts: int = 0
     shared: int = 0
+    qk: int = 0
+    value: int = 0
+    attention_read: int = 0
+    attention_write: int = 0
+    ffn_read: int = 0
+    ffn_write: int = 0
+    out_bias: bool = False
+    down_bias: bool = False
+
+    def has(self, branch: str) -> bool:
+        """Whether the block has its ``attention`` or its ``ffn``."""
+        return bool(self.kv if branch == "attention" else self.ffn or self.experts or self.shared)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ class Sizes:
         blocks: sizes of each block.
         shortcuts: whether the stream changes its basis at every norm, by a triangular map in the shortcuts.
         mean_free: dimensions of the stream that the norms take out of it: 1 for LayerNorm, 0 for RMSNorm.
+        stem_write, stem_read: dimensions of the stream that the embeddings write and the head reads, 0 for all.
     """
 
     residual: int
@@ -57,15 +82,37 @@ class Sizes:
     blocks: tuple[BlockSizes, ...]
     shortcuts: bool = False
     mean_free: int = 0
+    stem_write: int = 0
+    stem_read: int = 0
+
+    def narrowed(self, field: str, block: int | None) -> int:
+        """A size that narrows a part of the stock class (``roles.PORTS``); 0 where it leaves it as it is."""
+        value: int = getattr(self if block is None else self.blocks[block], field)
+        return value if value < getattr(self, WHOLE[field]) else 0
+
+    def width(self, field: str, block: int | None) -> int:
+        """The same, and the whole where nothing is narrowed."""
+        return self.narrowed(field, block) or int(getattr(self, WHOLE[field]))
+
+    def change_of_basis(self, role: str, block: int) -> tuple[int, int]:
+        """Directions of the stream before and behind a shortcut."""
+        before, behind = (self.width(field, block) - self.mean_free for field in SHORTCUTS[role])
+        return before, behind
+
+    def directions(self, interface: str) -> int:
+        """Directions of the stream that survive where a norm reads it, or everywhere (``residual``)."""
+        place, _, norm = interface.rpartition(".")
+        field = norm.replace("_norm", "_read")
+        if place == "stem":
+            return self.width("stem_read", None) - self.mean_free
+        found = self.width(field, int(place.removeprefix("blocks."))) if place else self.residual
+        return found - self.mean_free
 
     def axis(self, name: str, block: int | None, expert: Expert = None) -> int:
         """Length of the axis called ``name`` in ``block`` (or in the stem)."""
         if name in ("residual", "head", "vocab", "positions"):
             length: int = getattr(self, name)
             return length
-        if name == "triangle":
-            width = self.residual - self.mean_free
-            return width * (width + 1) // 2
         if block is None:
             raise InternalError("axis", f"axis {name!r} of the stem", "only blocks have it")
         sizes = self.blocks[block]
@@ -92,8 +139,10 @@ class Sizes:
     # -- one number for a kind -------------------------------------------------------------------------------------
 
     def _each(self, kind: Kind) -> Iterator[tuple[bool, int, int]]:
-        """Of every block: whether it has experts, and its size of ``kind``, that of its shared expert beside it."""
+        """Of every block that has any: whether it has experts, its size of ``kind``, that of its shared expert."""
         for block in self.blocks:
+            if not block.has("ffn" if kind == "ffn" else "attention"):
+                continue
             value = {"ffn": block.ffn, "kv": block.kv, "heads": block.group}[kind]
             yield kind == "ffn" and block.experts > 0, value, block.shared if kind == "ffn" else 0
 
@@ -129,7 +178,7 @@ class Sizes:
         field = {"ffn": "ffn", "kv": "kv", "heads": "group"}[kind]
         blocks = []
         for block in self.blocks:
-            change = {field: scaled(getattr(block, field))}
+            change: dict[str, Any] = {field: scaled(getattr(block, field))}
             if kind == "ffn":
                 change["shared"] = scaled(block.shared)
             blocks.append(replace(block, **change))

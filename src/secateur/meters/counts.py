@@ -31,7 +31,7 @@ def count_parts(checkpoint: Checkpoint) -> Counts:
     architecture = checkpoint.architecture
     found = dict.fromkeys(PARTS, 0)
     for place in architecture.places:
-        for tensor in architecture.tensors_of(place):
+        for tensor in (tensor for tensor in architecture.tensors_of(place) if not tensor.is_index):
             found[part_of(tensor.role)] += torch.Size(architecture.shapes[tensor.name]).numel()
     found["other"] += sum(torch.Size(shape).numel() for shape in architecture.unmapped.values())
     return found

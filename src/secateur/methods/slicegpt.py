@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.cuts.stream import SHARED, interfaces
+from secateur.cuts.stream import SHARED, interfaces, triangular
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
 from secateur.methods.base import Method, Study, keep_best
@@ -114,7 +114,7 @@ class SliceGpt(Method):
         budget, after = study.budget, self.sizes(study.budget)
         count = after.residual - after.mean_free
         if self.rotation == "each":
-            return Plan(budget.sizes, after, bases=_Rotations(self, study, count))
+            return Plan(budget.sizes, after, bases=_Rotations(self, study, after))
         gram = torch.zeros(budget.sizes.residual, budget.sizes.residual, dtype=torch.float64)
         for part in study.summaries["stream"]:
             gram += part
@@ -135,12 +135,11 @@ class SliceGpt(Method):
 class _Rotations(Mapping[str, Tensor]):
     """The rotation of every interface, computed when asked for; asked in order, each is computed once.
 
-    A rotation is free up to an orthogonal map of what survives. With Q' the rotation before, that map is chosen so
-    that the shortcut Q'^T Q is lower triangular (LQ decomposition): half of it need not be stored.
+    Each is in the gauge that makes the shortcut from the one before lower triangular: half of it need not be stored.
     """
 
-    def __init__(self, method: SliceGpt, study: Study, count: int) -> None:
-        self._method, self._study, self._count = method, study, count
+    def __init__(self, method: SliceGpt, study: Study, after: Sizes) -> None:
+        self._method, self._study, self._after = method, study, after
         self._names = interfaces(study.budget.architecture)
         self._last: tuple[str, Tensor] | None = None
 
@@ -157,11 +156,10 @@ class _Rotations(Mapping[str, Tensor]):
         gram = torch.stack(list(self._study.summaries[name])).sum(0)
         if self._study.budget.sizes.mean_free:
             gram = _centred(gram)
-        directions = self._method.basis_of(gram, self._count, self._study.generator)
+        directions = self._method.basis_of(gram, self._after.directions(name), self._study.generator)
         if before is None:
             return directions.contiguous()
-        gauge: Tensor = torch.linalg.qr((before.t() @ directions).t()).Q
-        return (directions @ gauge).contiguous()
+        return triangular(directions, before)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

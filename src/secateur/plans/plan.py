@@ -213,10 +213,9 @@ class Plan:
         for name, artifact in self.artifacts.items():
             artifact.save(folder, name)
         if self.bases:  # one at a time: together they may be larger than the model
-            shape = (self.before.residual, self.after.residual - self.after.mean_free)
-            writer = TensorWriter(
-                folder, [TensorHeader(name, _BASES, "F64", shape) for name in self.bases], index=False
-            )
+            shapes = {name: (self.before.residual, self.after.directions(name)) for name in self.bases}
+            headers = [TensorHeader(name, _BASES, "F64", shape) for name, shape in shapes.items()]
+            writer = TensorWriter(folder, headers, index=False)
             for name in self.bases:
                 writer.write(name, self.bases[name])
         if not (isinstance(self.edits, Edits) and self.edits.folder == folder):

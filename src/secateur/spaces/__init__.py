@@ -57,6 +57,8 @@ def spaces_of(sizes: Sizes, kind: Kind, place: Block = None) -> list[Space]:
     block = sizes.blocks[place]
     if kind == "heads":
         return [Space(f"blocks.{place}.heads", kind, block.group, place)] if block.kv == 1 else []
+    if not block.has("attention" if kind == "kv" else "ffn"):
+        return []
     if kind == "kv":
         return [Space(f"blocks.{place}.kv", kind, block.kv, place)]
     if not block.experts:
@@ -143,6 +145,8 @@ class BlockView:
         sizes = self.architecture.sizes
         for name, values in self.tensors.items():
             tensor = self.architecture.tensors[name]
+            if tensor.is_index:
+                continue
             for index, axis in enumerate(tensor.axes):
                 if space.kind in KINDS_OF_AXIS.get(axis, ()) and space_name(space.kind, tensor) == space.name:
                     yield Member(tensor, values, index, sizes.span(axis, space.kind, tensor.block))

@@ -61,11 +61,11 @@ def cut_shares(architecture: Architecture, before: Sizes) -> list[float]:
     for block in range(len(before.blocks)):
         old = new = 0
         for tensor in architecture.tensors_of(block):
-            if tensor.role not in _ADAPTED:
+            if tensor.role not in _ADAPTED or tensor.is_index:
                 continue
             old += math.prod(tensor.shape(before))
             new += math.prod(tensor.shape(architecture.sizes))
-        found.append(1 - new / old)
+        found.append(1 - new / old if old else 1.0)
     return found
 
 
@@ -95,13 +95,16 @@ def ranks_of(architecture: Architecture, options: Training, before: Sizes | None
             if key not in known:
                 found = f"there is no such block or adapted role ({depth} blocks; {', '.join(roles)})"
                 refuse("bad-ranks", f"pattern {key!r} of ranks", found, "BLOCK, ROLE or BLOCK.ROLE")
-    ranks = {}
+    ranks, ports = {}, architecture.ports
     for block in range(depth):
         for packed in architecture.packed_of(block):
             adapted = roles_in(packed, architecture).intersection(roles)
             matrix = all(architecture.tensors[name].kind == "weight" for name in packed.canonical)
             if not (matrix and adapted):
                 continue
+            if packed.name.rpartition(".")[0] in ports:
+                found = f"{packed.name} reads or writes a part of its signal, and an adapter would not"
+                refuse("bad-role", "LoRA of this model", found, "--method full")
             asked = max(_look_up(patterns, block, role, options.rank) for role in adapted)
             rank = min(asked, *packed.shape(architecture.shapes)[-2:])
             if rank:

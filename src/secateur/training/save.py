@@ -65,6 +65,6 @@ def check_reloaded(source: Checkpoint, trained: nn.Module, reloaded: nn.Module) 
     for place in source.architecture.places:
         expected, found = canonical_of(source, ours, place), canonical_of(source, theirs, place)
         for name, tensor in expected.items():
-            rounded = tensor.detach().cpu().to(DTYPES[dtypes[name]])
+            rounded = tensor.detach().cpu().to(DTYPES[dtypes[name]] if name in dtypes else tensor.dtype)
             if not rounded.equal(found[name].detach().cpu().to(rounded.dtype)):
                 raise InternalError("reload-check", f"tensor {name}", "it is not what was trained after reloading")
