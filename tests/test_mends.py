@@ -144,7 +144,7 @@ def test_trials_are_those_of_the_stock_model(family: str, checkpoint: Checkpoint
     assert trials.loss(one) == pytest.approx(direct[0], rel=1e-9)
     value.backward()
     parameters = dict(model.named_parameters())
-    for gradients in trials.gradients(squares=True):
+    for gradients in trials.gradients(wanted=("mean", "squares")):
         for packed in source.architecture.packed_of(gradients.place):
             if gradients.place is None and "norm" not in packed.name and "ln_f" not in packed.name:
                 continue  # a tied head shares its gradient with the embedding

@@ -43,6 +43,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], name: str = "journal.jsonl", hint: str = "") -> None:
+        self.fingerprint = fingerprint
         self.path = folder / name
         self._records: list[dict[str, Any]] = []
         self.resumed = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
+from secateur.engine.pairs import COMPARING
 from secateur.engine.progress import Progress
 from secateur.engine.taps import Taps
 from secateur.engine.walk import Walk
-from secateur.families import Architecture, place_name
+from secateur.families import Architecture, Block, place_name
 from secateur.methods.base import Method
 from secateur.methods.charts import score_charts
-from secateur.plans import Edits, Mend, Plan
+from secateur.plans import Edits, Mend, Overlay, Plan
 from secateur.plans.plan import file_digest
 from secateur.spaces import BlockView
 
@@ -32,13 +33,20 @@ class MendSweep:
         method: whose ``mend`` to call.
         folder: the work folder; the edits lie there, one file per block.
         journal: records every finished block.
+        dense: the model as it was before any round, for evidence that compares with it.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, method: Method, folder: Path, journal: Journal, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        method: Method,
+        folder: Path,
+        journal: Journal,
+        progress: Progress,
+        dense: Checkpoint,
     ) -> None:
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
-        self.journal, self.progress = journal, progress
+        self.journal, self.progress, self.dense = journal, progress, dense
         self._edits = Edits(folder)
         self._done = {r["block"] for r in journal.done("mend") if self._digests(r["block"]) == r["sha256"]}
 
@@ -46,38 +54,59 @@ class MendSweep:
     def _architecture(self) -> Architecture:
         return self.checkpoint.architecture
 
-    def _kept_file(self, block: int) -> Path:
-        return self.folder / f"kept-{block}.safetensors"
+    def _kept_file(self, block: Block) -> Path:
+        return self.folder / f"kept-{place_name(block)}.safetensors"
 
-    def _digests(self, block: int) -> list[str]:
+    def _digests(self, block: Block) -> list[str]:
         path = self._kept_file(block)
         return [self._edits.digest(place_name(block)), file_digest(path) if path.is_file() else ""]
 
-    def run(self, plan: Plan, ids: Tensor, runner: BlockRunner) -> Plan:
-        """The plan with all kept units and edits."""
+    def run(self, plan: Plan, ids: Tensor, runner: Callable[[], BlockRunner], known: Mapping[str, Tensor]) -> Plan:
+        """The plan with all kept units and edits.
+
+        Args:
+            plan: what was decided so far.
+            ids: calibration windows.
+            runner: makes a stock model.
+            known: edits of the rounds before, which stay where this one makes none.
+        """
         blocks = len(self._architecture.sizes.blocks)
+        plan = replace(plan, edits=Overlay(plan.edits, known))
         if stem := plan.edits_of(None):
             self._edits.write(place_name(None), stem)
-        if len(self._done) < blocks:
+        places = {*range(blocks), *((None,) if self.method.stem_mends else ())}
+        if not places <= self._done:
             self.progress.start("mend", blocks)
-            walk = Walk(self.checkpoint, runner, ids, self.folder, "mended")
-            walk.resume(next(b for b in range(blocks) if b not in self._done))
+            beside = None
+            if any(name.endswith(COMPARING) for name in frozenset().union(*self._wanted)):
+                beside = Walk(self.dense, runner(), ids, self.folder, "dense")
+            walk = Walk(self.checkpoint, runner(), ids, self.folder, "mended", beside)
+            walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
             while walk.block < blocks:
                 block = walk.block
                 if block in plan.blocks:
                     self._pass(walk, plan)
                 else:
-                    walk.block += 1  # a block that goes changes nothing on the way
+                    walk.skip()
                 self.progress.step(block + 1)
+            if None in places - self._done:
+                source = self.checkpoint.read(None)
+                evidence = walk.stem(self.method.stem_mends)
+                mend = self._mended(None, source, evidence, plan, len(self.method.mends), Mend(edits=stem))
+                self._finish(None, mend)
             walk.close()
         found: dict[str, dict[str, Tensor]] = {"kept": dict(plan.kept), "score": {}}
-        for block in range(blocks):
-            if self._kept_file(block).is_file():
-                for name, tensor in load_file(self._kept_file(block)).items():
+        for place in self._architecture.places:
+            if self._kept_file(place).is_file():
+                for name, tensor in load_file(self._kept_file(place)).items():
                     kind, _, space = name.partition(".")
                     found.setdefault(kind, {})[space] = tensor
         charts = score_charts(found["score"], found["kept"]) if found["score"] else ()
         return replace(plan, kept=found["kept"], edits=Edits(self.folder), charts=(*plan.charts, *charts))
+
+    @property
+    def _wanted(self) -> list[frozenset[str]]:
+        return [*self.method.mends, self.method.stem_mends]
 
     def _pass(self, walk: Walk, plan: Plan) -> None:
         """Take one block from the signal in front of it to that behind it."""
@@ -106,7 +135,7 @@ class MendSweep:
 
     def _mended(
         self,
-        block: int,
+        block: Block,
         dense: Mapping[str, Tensor],
         evidence: Mapping[str, Tensor],
         plan: Plan,
@@ -119,7 +148,7 @@ class MendSweep:
         parts = ({**getattr(mend, part), **getattr(added, part)} for part in ("kept", "edits", "scores"))
         return Mend(*parts)
 
-    def _finish(self, block: int, mend: Mend) -> Mend:
+    def _finish(self, block: Block, mend: Mend) -> Mend:
         """Write what was decided about a block; returns it as it will be read."""
         wide = {
             name: tensor.to(torch.float64 if self._stored(name) == "F64" else torch.float32).cpu()

@@ -15,6 +15,8 @@ from secateur.families import Block
 from secateur.families.roles import ATTENTION_WRITERS, BEHIND_A_WRITER
 
 CROSS, TARGET = "cross", "target"
+COMPARING = (f".{CROSS}", f".{TARGET}")
+"""How the names of such evidence end."""
 _NORMS = {"out": "attention_norm", "down": "ffn_norm"}
 
 Seen = dict[tuple[str, str], Tensor]

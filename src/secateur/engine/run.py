@@ -15,22 +15,18 @@ from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_
 from secateur.checkpoints.companions import copy_companions
 from secateur.checkpoints.folder import CONFIG, RECORD
 from secateur.data.windows import Windows, calibration_windows
-from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal, work_folder
-from secateur.engine.mending import MendSweep
+from secateur.engine.planning import Planning
 from secateur.engine.prepare import Prepared
 from secateur.engine.progress import Progress
 from secateur.engine.publish import publish
-from secateur.engine.sweeps import SummarySweep, cut_sweep, view_of
-from secateur.engine.trials import CalibrationTrials
+from secateur.engine.sweeps import cut_sweep
 from secateur.engine.verify import verify_output
 from secateur.errors import InternalError, refuse
-from secateur.families import Architecture, Block, resized
+from secateur.families import Architecture, resized
 from secateur.families.loading import loads_in
 from secateur.families.resizing import layer_record, modeling_file
-from secateur.methods.base import Study
 from secateur.plans import Artifact, Plan
-from secateur.spaces import BlockView
 from secateur.version import __version__
 
 LEARNED: Final = "learned"
@@ -114,58 +110,10 @@ class Run:
                     "journal", f"plan in {self.work}", "it is not the one recorded", "delete the folder"
                 )
             return Plan.load(self.work)
-        prepared = self.prepared
-        prepared.method.sizes(prepared.budget)  # refuses an unreachable target before any sweep
-        plan = self._decide()
-        if prepared.method.mends and self.windows is not None:
-            sweep = MendSweep(self.checkpoint, prepared.method, self.work, self.journal, self.progress)
-            plan = sweep.run(plan, self.windows.ids, self._runner())
-        digest = plan.save(self.work)
-        self.journal.add("plan", sha256=digest)
+        ids = None if self.windows is None else self.windows.ids
+        plan = Planning(self.prepared, ids, self.artifacts, self.work, self.journal, self.progress).plan()
+        self.journal.add("plan", sha256=plan.save(self.work))
         return Plan.load(self.work)
-
-    def _runner(self) -> BlockRunner:
-        prepared, checkpoint = self.prepared, self.checkpoint
-        return BlockRunner(checkpoint.architecture, prepared.dtype, prepared.device, checkpoint.rest())
-
-    def _decide(self) -> Plan:
-        """What the method decides from summaries of all places."""
-        method, decided = self.prepared.method, self.work / "decided"
-        if any(Plan.digest(decided) == record["sha256"] for record in self.journal.done("decided")):
-            return Plan.load(decided)
-        sweep = SummarySweep(self.checkpoint, method, self.work, self.journal, self.progress)
-        if self.windows is None:
-            sweep.from_weights()
-        elif method.evidence:
-            sweep.from_data(self.windows.ids, self._runner())
-        plan = method.decide(self._study(sweep))
-        if method.mends:  # kept apart until it is complete
-            decided.mkdir(exist_ok=True)
-            self.journal.add("decided", sha256=plan.save(decided))
-            return Plan.load(decided)
-        return plan
-
-    def _study(self, sweep: SummarySweep) -> Study:
-        def view(place: Block, roles: tuple[str, ...] | None) -> BlockView:
-            return view_of(self.checkpoint, place, roles)
-
-        def progress(done: int, of: int, what: str) -> None:
-            if done <= 1:
-                self.progress.start(what, of)
-            self.progress.step(done)
-
-        generator = torch.Generator().manual_seed(self.prepared.request.seed)
-        study = Study(self.prepared.budget, generator, view, sweep.summaries(), self.artifacts, progress=progress)
-        if self.windows is not None:
-            study.make_trials, study.ids = self._trials, self.windows.ids
-        return study
-
-    def _trials(self) -> CalibrationTrials:
-        assert self.windows is not None
-        prepared = self.prepared
-        return CalibrationTrials(
-            self.checkpoint, self.windows.ids, prepared.dtype, prepared.device, self.work, self.journal
-        )
 
     # -- write -----------------------------------------------------------------------------------------------------
 

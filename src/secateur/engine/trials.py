@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from secateur.engine.activations import Activations
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
 from secateur.errors import refuse
-from secateur.evidence import Influence
+from secateur.evidence import CrossMoments, Influence
 from secateur.families import Block
-from secateur.methods.base import Gradients
+from secateur.methods.base import Derivative, Gradients
 from secateur.plans.plan import place_of
 
 _RESIDENT = 2 * 2**30  # bytes of weights that stay loaded from one trial to the next
@@ -159,14 +160,20 @@ class CalibrationTrials:
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
-    def gradients(self, edits: Edited | None = None, squares: bool = False) -> Iterator[Gradients]:
+    def gradients(
+        self,
+        edits: Edited | None = None,
+        wanted: tuple[Derivative, ...] = ("mean",),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Gradients]:
         """Gradients of the mean loss, place by place from the head to the first block, by recomputing each block.
 
         Never more than one block's gradients are held. Those of the token embedding are not computed.
 
         Args:
             edits: canonical tensors in dense shape, by name.
-            squares: also the mean over windows of the squared gradients of each window.
+            wanted: which fields to fill.
+            generator: draws the labels from the network's own predictions instead of taking the text's.
         """
         edits = edits or {}
         runner, blocks = self._runner, len(self._runner.blocks)
@@ -181,25 +188,27 @@ class CalibrationTrials:
                 influence.add(inputs[block][batch], activations.values[batch])
             influences.append(influence.named()["influence"])
         inputs[blocks] = activations.values
-        rows = [slice(i, i + 1) for i in range(len(self._ids))] if squares else activations.batches
+        rows = [slice(i, i + 1) for i in range(len(self._ids))] if "squares" in wanted else activations.batches
         backward = torch.empty_like(activations.values)
         for place in (None, *reversed(range(blocks))):
             self._load(place, edits)
-            collector = _Collector(runner, place, squares, len(self._ids))
+            collector = _Collector(runner, place, wanted, self._ids)
             signals = inputs[blocks if place is None else place]
             for batch in rows:
                 hidden = signals[batch].to(runner.device).requires_grad_(True)
-                with torch.enable_grad():
+                with torch.enable_grad(), collector.listening():
                     if place is None:
                         ids = self._ids[batch]
-                        predicted = self._ids[:, 1:].numel()
-                        output = _negative_log_likelihood(runner.logits_of(ids, hidden), ids) / predicted
+                        logits = runner.logits_of(ids, hidden)
+                        labels = ids if generator is None else _drawn(logits, generator)
+                        output = _negative_log_likelihood(logits, labels) / collector.predicted
                         given = None
                     else:
                         containing = next(b for b in activations.batches if b.start <= batch.start < b.stop)
                         call = activations.call_for(containing, batch, place)
                         output, given = runner.compute(place, hidden, call), backward[batch].to(runner.device)
-                    found = torch.autograd.grad(output, [hidden, *collector.parameters], given, allow_unused=True)
+                    sources = [hidden, *collector.parameters, *collector.heard]
+                    found = torch.autograd.grad(output, sources, given, allow_unused=True)
                 assert found[0] is not None
                 backward[batch] = found[0].to(backward.device)
                 collector.add(found[1:])
@@ -233,31 +242,60 @@ class CalibrationTrials:
         yield self._runner.model
 
 
-class _Collector:
-    """Sums the gradients of one place's parameters over windows."""
+_BRANCHES = {"attention": "attention_shortcut", "ffn": "ffn_shortcut"}
 
-    def __init__(self, runner: BlockRunner, place: Block, squares: bool, windows: int) -> None:
-        self._runner, self._squares, self._windows = runner, squares, windows
-        architecture = runner.architecture
-        self._packed = [
-            packed
-            for packed in architecture.packed_of(place)
-            if "stem.embedding.weight" not in packed.canonical and not architecture.is_index(packed)
-        ]
-        if place is None:
-            self._packed = [p for p in self._packed if "stem.positions.weight" not in p.canonical]
+
+class _Collector:
+    """Sums the gradients of one place over windows."""
+
+    def __init__(self, runner: BlockRunner, place: Block, wanted: Collection[Derivative], ids: Tensor) -> None:
+        self._runner, self._wanted, self._windows = runner, wanted, len(ids)
+        self.predicted = ids[:, 1:].numel()
+        architecture, names = runner.architecture, ("stem.embedding.weight", "stem.positions.weight")
+        weights = "mean" in wanted or "squares" in wanted
+        self._packed = [p for p in architecture.packed_of(place) if weights and not set(names) & set(p.canonical)]
         self.parameters = [runner.parameter(packed).requires_grad_(True) for packed in self._packed]
         self._mean = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        self._square = [torch.zeros_like(mean) for mean in self._mean] if squares else []
+        self._square = [torch.zeros_like(mean) for mean in self._mean] if "squares" in wanted else []
+        self._modules: dict[str, nn.Module] = {}
+        if "signals" in wanted and place is not None:
+            for branch, role in _BRANCHES.items():
+                if role in architecture.shortcut_roles or architecture.parallel:
+                    self._modules[branch] = runner.model.get_submodule(architecture.writer_of(role, place))
+        self._signals = {
+            b: CrossMoments(architecture.sizes.residual, architecture.sizes.residual, runner.device)
+            for b in self._modules
+        }
+        self.heard: list[Tensor] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Remember what the branches give inside."""
+        self.heard = []
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            self.heard.append(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as stack:
+            for module in self._modules.values():
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield
 
     def add(self, gradients: tuple[Tensor | None, ...]) -> None:
-        for index, gradient in enumerate(gradients):
+        """Add the gradients of one batch with respect to the parameters and to what was heard."""
+        count = len(self.parameters)
+        for index, gradient in enumerate(gradients[:count]):
             if gradient is not None:
                 self._mean[index] += gradient
-                if self._squares:  # of the loss of this window alone, not of its share of the mean
+                if self._square:  # of the loss of this window alone, not of its share of the mean
                     self._square[index] += (gradient.float() * self._windows).square() / self._windows
+        for sums, gradient in zip(self._signals.values(), gradients[count:], strict=True):
+            if gradient is not None:
+                sums.add(gradient, gradient)
+                sums.close_shard()
 
-    def close(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def close(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Means, squares and signals."""
         for parameter in self.parameters:
             parameter.requires_grad_(False)
         shapes = self._runner.architecture.shapes
@@ -265,7 +303,15 @@ class _Collector:
         for found, sums in zip(both, (self._mean, self._square), strict=True):
             for packed, total in zip(self._packed, sums, strict=False):
                 found.update(packed.unpack(total, shapes))
-        return both[0], both[1]
+        signals = {branch: sums.total * self.predicted for branch, sums in self._signals.items()}
+        return both[0], both[1], signals
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels drawn from the predictions themselves, [windows, tokens]: that of each position stands behind it."""
+    chances = logits.detach()[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
+    drawn = torch.multinomial(chances, 1, generator=generator).view(len(logits), -1)
+    return functional.pad(drawn, (1, 0))
 
 
 def _before_blocks(name: str) -> bool:

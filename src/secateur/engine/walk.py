@@ -72,16 +72,20 @@ class Walk:
             beside.runner.load(self.block, beside.checkpoint.read(self.block))
         for shard in self.activations.shards:
             for batch in shard:
+                outputs: list[tuple[Walk, Tensor]] = []
                 if beside is not None:
                     with nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True):
-                        beside.run_batch(batch, advance)
+                        outputs.append((beside, beside.run_batch(batch)))
                 if taps is None:
-                    self.run_batch(batch, advance)
-                    continue
-                with taps.open(), taps.pairs.see(self.runner, dense=False):
-                    taps.compare(*self.run_batch(batch, advance))
-                if beside is not None:
-                    taps.pairs.add()
+                    outputs.append((self, self.run_batch(batch)))
+                else:
+                    with taps.open(), taps.pairs.see(self.runner, dense=False):
+                        outputs.append((self, self.run_batch(batch)))
+                    taps.compare(self.activations.values[batch].to(self.runner.device), outputs[-1][1])
+                    if beside is not None:
+                        taps.pairs.add()
+                for walk, output in outputs if advance else ():
+                    walk.activations.values[batch] = output.to(walk.activations.values.device)
             if taps is not None:
                 taps.close_shard()
         for walk in (self,) if beside is None else (self, beside):
@@ -90,8 +94,14 @@ class Walk:
                 walk.block += 1
                 walk.keep()
 
-    def run_batch(self, batch: slice, advance: bool) -> tuple[Tensor, Tensor]:
-        """Run the loaded block on some windows; returns what entered and what left it."""
+    def skip(self) -> None:
+        """Go past a block that will not be there."""
+        if self.beside is not None:
+            self.beside.run(self.beside.checkpoint.read(self.block))
+        self.block += 1
+
+    def run_batch(self, batch: slice) -> Tensor:
+        """Run the loaded block on some windows."""
         runner, activations = self.runner, self.activations
         hidden = activations.values[batch].to(runner.device)
         output = runner.run(self.block, hidden, activations.call(batch, self.block))
@@ -99,9 +109,7 @@ class Walk:
             where = f"calibration windows {batch.start} to {batch.stop - 1}"
             found = f"values of block {self.block} are not finite in {where}"
             refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
-        if advance:
-            activations.values[batch] = output.to(activations.values.device)
-        return hidden, output
+        return output
 
     def keep(self) -> None:
         """Write a copy of the signal if the last one is old."""

@@ -42,6 +42,9 @@ def worth(output: Output, layout: Layout) -> str:
     return f"{kind}: {WORTH[kind]}"
 
 
+Derivative = Literal["mean", "squares", "signals"]
+
+
 class Trials(Protocol):
     """The network on the calibration text with some tensors edited: canonical tensors in dense shape, by name."""
 
@@ -51,8 +54,19 @@ class Trials(Protocol):
     def settle(self, edits: Mapping[str, Tensor] | None = None) -> float:
         """The same, and trials after it run from the first block in which they differ from these edits."""
 
-    def gradients(self, edits: Mapping[str, Tensor] | None = None, squares: bool = False) -> Iterator[Gradients]:
-        """Gradients of the mean loss, place by place, the stem first and then the blocks from the last to the first."""
+    def gradients(
+        self,
+        edits: Mapping[str, Tensor] | None = None,
+        wanted: tuple[Derivative, ...] = ("mean",),
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Gradients]:
+        """Gradients of the mean loss, place by place, the stem first and then the blocks from the last to the first.
+
+        Args:
+            edits: canonical tensors in dense shape, by name.
+            wanted: which fields of :class:`Gradients` to fill.
+            generator: draws the labels from the network's own predictions instead of taking the text's.
+        """
 
     def network(self) -> AbstractContextManager[nn.Module]:
         """The whole stock model, loaded and frozen."""
@@ -70,12 +84,15 @@ class Gradients:
         place: block index, or None for the head and the final norm.
         mean: gradient of every canonical tensor.
         squares: mean over windows of the squared gradients of each window's loss; empty unless asked for.
+        signals: [D, D] by ``attention`` and ``ffn``: mean over tokens of g g^T, g being the gradient of the summed loss
+            with respect to what the branch gives (its matrix's or its experts' output), a Fisher matrix.
         influence: how much the block changes its input (:class:`secateur.evidence.Influence`); empty for the stem.
     """
 
     place: Block
     mean: Mapping[str, Tensor]
     squares: Mapping[str, Tensor]
+    signals: Mapping[str, Tensor]
     influence: Tensor
 
 
@@ -89,6 +106,7 @@ class Study:
         view: loads the tensors of a place, of some roles only.
         summaries: what ``score`` returned, by name, in the order of the places; loaded on access.
         artifacts: what the method's ``files`` named, loaded.
+        round, previous: number of this round of decisions, from 0, and the plan that the one before it made.
         trials: losses and gradients of the network on the calibration text; only of methods with ``data``.
         ids: the calibration windows, [count, length]; empty without data.
         progress: report (done, of, what) of a long decision.
@@ -99,6 +117,8 @@ class Study:
     view: Callable[[Block, tuple[str, ...] | None], BlockView]
     summaries: Mapping[str, Iterable[Tensor]] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
+    round: int = 0
+    previous: Plan | None = None
     make_trials: Callable[[], Trials] | None = None
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
@@ -164,6 +184,16 @@ class Method(BaseModel):
         In the order ``sequential`` every stage is gathered behind the edits of those before it.
         """
         return ()
+
+    @property
+    def stem_mends(self) -> frozenset[str]:
+        """Statistics of the stem, behind all blocks, for a last call of ``mend``; none: there is none."""
+        return frozenset()
+
+    @property
+    def rounds(self) -> int:
+        """How often ``score``, ``decide`` and ``mend`` are called, each time on the model as the last left it."""
+        return 1
 
     def in_layout(self, layout: Layout) -> Self:
         """This method with the options that follow from the layout of the output."""

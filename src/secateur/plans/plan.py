@@ -118,6 +118,22 @@ class Edits(Mapping[str, Tensor]):
         return len(self._files)
 
 
+class Overlay(Mapping[str, Tensor]):
+    """The tensors of one mapping, and those of another that it does not have; none is loaded before it is asked for."""
+
+    def __init__(self, over: Mapping[str, Tensor], under: Mapping[str, Tensor]) -> None:
+        self._over, self._under = over, under
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._over[name] if name in self._over else self._under[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self._over, *self._under)))
+
+    def __len__(self) -> int:
+        return len(set(self._over).union(self._under))
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as handle:

@@ -1,0 +1,143 @@
+"""The plan of a run: summaries of all places, the decision, and the mends that complete it; in rounds, if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.checkpoints import Checkpoint
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.edited import EditedCheckpoint
+from secateur.engine.journal import Journal
+from secateur.engine.mending import MendSweep
+from secateur.engine.prepare import Prepared
+from secateur.engine.progress import Progress
+from secateur.engine.sweeps import SummarySweep, view_of
+from secateur.engine.trials import CalibrationTrials
+from secateur.families import Block
+from secateur.methods.base import Study
+from secateur.plans import Artifact, Plan
+from secateur.spaces import BlockView
+
+
+class Planning:
+    """Everything between a request and its plan.
+
+    Args:
+        prepared: the resolved request.
+        ids: the calibration windows; None without data.
+        artifacts: what the method's ``files`` named, loaded.
+        work: the work folder.
+        journal: of the run; that of every round but an only one lies in a folder of its own.
+        progress: who is told.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        ids: Tensor | None,
+        artifacts: Mapping[str, Artifact],
+        work: Path,
+        journal: Journal,
+        progress: Progress,
+    ) -> None:
+        self.prepared, self.ids, self.artifacts = prepared, ids, artifacts
+        self.work, self.journal, self.progress = work, journal, progress
+
+    def plan(self) -> Plan:
+        """All rounds; what an interrupted run has finished is not done again."""
+        method, plan = self.prepared.method, None
+        method.sizes(self.prepared.budget)  # refuses an unreachable target before any sweep
+        for number in range(method.rounds):
+            if method.rounds == 1:
+                plan = _Round(self, self.work, self.journal, number, plan).plan()
+                continue
+            folder = self.work / f"round-{number + 1}"
+            folder.mkdir(exist_ok=True)
+            plan = _Round(self, folder, Journal(folder, self.journal.fingerprint), number, plan).plan()
+        assert plan is not None
+        return plan
+
+    def runner(self) -> BlockRunner:
+        """The stock model, to run blocks one at a time."""
+        prepared = self.prepared
+        return BlockRunner(
+            prepared.checkpoint.architecture, prepared.dtype, prepared.device, prepared.checkpoint.rest()
+        )
+
+
+class _Round:
+    """One round, on the model as the rounds before it left it."""
+
+    def __init__(self, planning: Planning, folder: Path, journal: Journal, number: int, previous: Plan | None) -> None:
+        self._planning, self._folder, self._journal = planning, folder, journal
+        self._number, self._previous = number, previous
+        self._method, self._dense = planning.prepared.method, planning.prepared.checkpoint
+        self._checkpoint: Checkpoint = self._dense
+        if previous is not None:
+            self._checkpoint = EditedCheckpoint(self._dense, previous.edits)
+
+    def plan(self) -> Plan:
+        """The plan after this round."""
+        plan, previous = self._decide(), self._previous
+        if previous is not None:
+            plan = replace(plan, kept={**previous.kept, **plan.kept})
+        if not self._method.mends or self._planning.ids is None:
+            return plan
+        sweep = MendSweep(
+            self._checkpoint, self._method, self._folder, self._journal, self._planning.progress, self._dense
+        )
+        known = {} if previous is None else previous.edits
+        return sweep.run(plan, self._planning.ids, self._planning.runner, known)
+
+    def _decide(self) -> Plan:
+        """What the method decides from summaries of all places."""
+        method, decided = self._method, self._folder / "decided"
+        if any(Plan.digest(decided) == record["sha256"] for record in self._journal.done("decided")):
+            return Plan.load(decided)
+        sweep = SummarySweep(self._checkpoint, method, self._folder, self._journal, self._planning.progress)
+        if self._planning.ids is None:
+            sweep.from_weights()
+        elif method.evidence:
+            sweep.from_data(self._planning.ids, self._planning.runner())
+        plan = method.decide(self._study(sweep))
+        if method.mends:  # kept apart until it is complete
+            decided.mkdir(exist_ok=True)
+            self._journal.add("decided", sha256=plan.save(decided))
+            return Plan.load(decided)
+        return plan
+
+    def _study(self, sweep: SummarySweep) -> Study:
+        planning = self._planning
+
+        def view(place: Block, roles: tuple[str, ...] | None) -> BlockView:
+            return view_of(self._checkpoint, place, roles)
+
+        def progress(done: int, of: int, what: str) -> None:
+            if done <= 1:
+                planning.progress.start(what, of)
+            planning.progress.step(done)
+
+        generator = torch.Generator().manual_seed(planning.prepared.request.seed)
+        study = Study(
+            planning.prepared.budget,
+            generator,
+            view,
+            sweep.summaries(),
+            planning.artifacts,
+            round=self._number,
+            previous=self._previous,
+            progress=progress,
+        )
+        if planning.ids is not None:
+            study.make_trials, study.ids = self._trials, planning.ids
+        return study
+
+    def _trials(self) -> CalibrationTrials:
+        prepared, ids = self._planning.prepared, self._planning.ids
+        assert ids is not None
+        return CalibrationTrials(self._checkpoint, ids, prepared.dtype, prepared.device, self._folder, self._journal)
