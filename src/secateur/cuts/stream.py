@@ -24,6 +24,7 @@ from torch import Tensor
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, canonical_name
 from secateur.families.modeling_secateur import hyperplane
+from secateur.families.packing import packed_triangle
 from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
 SHARED = "residual"
@@ -38,6 +39,24 @@ def interfaces(architecture: Architecture) -> list[str]:
         for role in architecture.norms_on_stream(block)
     ]
     return [*names, "stem.final_norm"]
+
+
+def interface_read(architecture: Architecture, place: Block, norm: str) -> str:
+    """The interface at which a norm of a place reads the stream."""
+    if place is None:
+        return "stem.final_norm"
+    return f"blocks.{place}.{'attention_norm' if architecture.parallel else norm}"
+
+
+def interface_written(architecture: Architecture, place: Block, role: str) -> str:
+    """The interface for which a role of a place writes the stream: that of the next norm."""
+    order = interfaces(architecture)
+    if place is None:
+        return order[0]
+    if role in ATTENTION_WRITERS and not architecture.parallel:
+        return f"blocks.{place}.ffn_norm"
+    last = "attention_norm" if architecture.parallel else "ffn_norm"
+    return order[order.index(f"blocks.{place}.{last}") + 1]
 
 
 _NO_MEAN = 1e-8  # of an entry of a unit vector
@@ -100,8 +119,7 @@ class _Place:
 
     def __init__(self, architecture: Architecture, place: Block, bases: Mapping[str, Tensor]) -> None:
         self._bases, self._mean_free = bases, architecture.family.norm == "layer"
-        self._order = interfaces(architecture)
-        self._place, self._parallel = place, architecture.parallel
+        self._architecture, self._place = architecture, place
         self._made: dict[str, StreamBasis] = {}
 
     def _basis(self, interface: str) -> StreamBasis:
@@ -112,18 +130,11 @@ class _Place:
 
     def read_by(self, norm: str) -> StreamBasis:
         """Basis in which a norm of this place reads the stream."""
-        if self._place is None:
-            return self._basis("stem.final_norm")
-        return self._basis(f"blocks.{self._place}.{'attention_norm' if self._parallel else norm}")
+        return self._basis(interface_read(self._architecture, self._place, norm))
 
     def written_by(self, role: str) -> StreamBasis:
         """Basis in which a role of this place writes the stream: that of the next norm."""
-        if self._place is None:
-            return self._basis(self._order[0])
-        if role in ATTENTION_WRITERS and not self._parallel:
-            return self._basis(f"blocks.{self._place}.ffn_norm")
-        last = "attention_norm" if self._parallel else "ffn_norm"
-        return self._basis(self._order[self._order.index(f"blocks.{self._place}.{last}") + 1])
+        return self._basis(interface_written(self._architecture, self._place, role))
 
     def shortcut(self, role: str) -> Tensor:
         """Packed lower triangle of the change of basis behind the attention or the FFN."""
@@ -131,9 +142,7 @@ class _Place:
             first, second = self.read_by("attention_norm"), self.written_by("out")
         else:
             first, second = self.read_by("ffn_norm"), self.written_by("down")
-        change = first.directions.t() @ second.directions
-        rows, columns = torch.tril_indices(*change.shape)
-        return change[rows, columns]
+        return packed_triangle(first.directions.t() @ second.directions)
 
 
 def narrow_stream(

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
+from secateur.cuts.gauge import estimate_savings, lower_gauge
 from secateur.cuts.stream import SHARED, interfaces
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
@@ -114,7 +115,9 @@ class SliceGpt(Method):
         budget, after = study.budget, self.sizes(study.budget)
         count = after.residual - after.mean_free
         if self.rotation == "each":
-            return Plan(budget.sizes, after, bases=_Rotations(self, study, count))
+            savings = estimate_savings(budget.architecture, after)
+            numbers = {f"{key}_shortcut_numbers": savings[key] for key in ("square", "stored", "saved")}
+            return Plan(budget.sizes, after, bases=_Rotations(self, study, count), notes=numbers)
         gram = torch.zeros(budget.sizes.residual, budget.sizes.residual, dtype=torch.float64)
         for part in study.summaries["stream"]:
             gram += part
@@ -160,8 +163,7 @@ class _Rotations(Mapping[str, Tensor]):
         directions = self._method.basis_of(gram, self._count, self._study.generator)
         if before is None:
             return directions.contiguous()
-        gauge: Tensor = torch.linalg.qr((before.t() @ directions).t()).Q
-        return (directions @ gauge).contiguous()
+        return (directions @ lower_gauge(before.t() @ directions)).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
