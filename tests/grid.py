@@ -128,7 +128,8 @@ def layouts(method: str) -> tuple[str, ...]:
 
 def ci_cells() -> list[Cell]:
     """Every method x a few families; every family x {magnitude of the FFN, slicegpt}, where they are not refused."""
-    wide = {Cell(f, m, o, s) for f in WIDE for m in method_names() for o in map(_Frozen, rows(m, False)) for s in layouts(m)}
+    of = {m: [(_Frozen(o), layout) for o in rows(m, False) for layout in layouts(m)] for m in method_names()}
+    wide = {Cell(f, m, o, layout) for f in WIDE for m, cells in of.items() for o, layout in cells}
     basic = (("magnitude", _Frozen(spaces="ffn")), ("slicegpt", _Frozen()), ("fasp", _Frozen()))
     every = {Cell(f, m, o) for f in models.FAMILIES for m, o in basic}
     more = {Cell(f, "magnitude", _Frozen(spaces=k)) for f, k in _MORE}

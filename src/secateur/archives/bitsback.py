@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.archives.rotations import (
+    BINS_OF_AN_ERROR,
+    GUARD,
     codes_of,
     correct,
     pop_corrections,
@@ -43,6 +45,7 @@ Form = Literal["triangular", "square"]
 FORMS: Final[tuple[Form, ...]] = ("triangular", "square")
 Codes = NDArray[np.uint8]
 _ATTEMPTS: Final = 8
+_ELSEWHERE: Final = 1e-13  # of the largest entry of a Gram matrix: well above what machines differ by
 
 
 @dataclass(frozen=True)
@@ -92,20 +95,42 @@ def _haar(size: int, seed: int) -> Tensor:
     return made
 
 
-def _recovered(free: FreeRotations, interface: str, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
-    """The rows of the rotation that led from the eigenvectors to the basis of these tensors, up to signs."""
-    rows: NDArray[np.float64] = _directions(free.gram(interface, tensors)).t().numpy()
-    return rows
+def _recovered(
+    free: FreeRotations, interface: str, tensors: Mapping[str, Tensor], noise: float = 0.0
+) -> NDArray[np.float64]:
+    """The rows of the rotation that led from the eigenvectors to the basis of these tensors, up to signs.
+
+    The sign of an eigenvector is arbitrary: entries of every row have a sum that is not negative.
+
+    Args:
+        noise: standard deviation of what is added to the Gram matrix, in units of its largest entry.
+    """
+    gram = free.gram(interface, tensors)
+    if noise:
+        made = torch.randn(gram.shape, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
+        gram = gram + noise * float(gram.abs().max()) * (made + made.t())
+    rows: NDArray[np.float64] = _directions(gram).t().numpy()
+    return np.where(rows.sum(1, keepdims=True) < 0, -rows, rows)
+
+
+def _lengths(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Length of the error of every row, whose sign does not count."""
+    signs = np.sign((found * wanted).sum(1, keepdims=True))
+    return np.asarray(np.linalg.norm(found * signs - wanted, axis=1))
 
 
 def _fineness(free: FreeRotations, interface: str, tensors: Mapping[str, Tensor], canonical: Tensor) -> Codes:
-    """How finely the rows of a rotation can be told apart: tried with two random ones."""
+    """How finely the rows of a rotation can be told apart: tried with two random ones.
+
+    What other linear algebra may make of the same numbers must stay within the guard of a bin.
+    """
     errors = np.zeros(free.width)
     for seed in (1, 2):
         trial = _haar(free.width, seed)
-        found = torch.from_numpy(_recovered(free, interface, free.turn(interface, tensors, canonical @ trial)))
-        signs = (found * trial).sum(1, keepdim=True).sign()
-        errors = np.maximum(errors, (found * signs - trial).norm(dim=1).numpy())
+        turned = free.turn(interface, tensors, canonical @ trial)
+        found = _recovered(free, interface, turned)
+        elsewhere = _lengths(_recovered(free, interface, turned, _ELSEWHERE), found)
+        errors = np.maximum(errors, np.maximum(_lengths(found, trial.numpy()), elsewhere / GUARD / BINS_OF_AN_ERROR))
     return codes_of(errors)
 
 

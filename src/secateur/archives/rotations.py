@@ -23,14 +23,17 @@ from secateur.archives.stack import CELLS, Stack, Symbols
 Matrix = NDArray[np.float64]
 FINENESS: Final = (0, 1, *(n for s in range(1, 14) for n in (2**s, 3 * 2 ** (s - 1))), *(2**s for s in range(14, 21)))
 """Bins of a cell that a row may have, by their code; 0 for a row without numbers."""
-_BINS_OF_AN_ERROR: Final = 6.0  # width of a bin in standard errors: wider loses bits, narrower costs corrections
-_GUARD: Final = 2.0**-10  # of a bin: this near to an edge a number is sent, whatever was recovered
+BINS_OF_AN_ERROR: Final = 6.0
+"""Width of a bin in standard errors: wider loses bits, narrower costs corrections."""
+GUARD: Final = 2.0**-10
+"""Of a bin: this near to an edge a number is sent, whatever was recovered."""
+_UNSIGNED: Final = 1e-4  # a sum of entries whose sign might come out otherwise elsewhere
 _TOO_FAR: Final = 120.0  # bins; corrections carry eight bits
 
 
 def codes_of(errors: Matrix) -> NDArray[np.uint8]:
     """Code of every row's fineness, given the length of the error with which it is recovered."""
-    wanted = 0.25 / (_BINS_OF_AN_ERROR * np.maximum(errors, 1e-12))
+    wanted = 0.25 / (BINS_OF_AN_ERROR * np.maximum(errors, 1e-12))
     return np.asarray(np.searchsorted(FINENESS, wanted, side="right") - 1, dtype=np.uint8)
 
 
@@ -143,7 +146,7 @@ def correct(drawn: Drawn, recovered: Matrix) -> Corrections:
     """Compare what was drawn with what will be recovered.
 
     Args:
-        recovered: directions found in the rounded weights, [D, D], row by row, up to signs.
+        recovered: directions found in the rounded weights, [D, D], row by row, of positive sums.
     """
     complement = _Complement(drawn.codes.size)
     signs, wrong, low, failed = [], [], [np.zeros(0, np.int32)], []
@@ -153,9 +156,9 @@ def correct(drawn: Drawn, recovered: Matrix) -> Corrections:
         found = (-1 if turned else 1) * (recovered[row] @ complement.basis)
         error = np.abs(_positions(found, fineness) - (numbers + 0.5))
         signs.append(turned)
-        wrong.append(error > 0.5 - _GUARD)
+        wrong.append(error > 0.5 - GUARD)
         low.append(numbers[wrong[-1]] % 256)
-        if error.max() > _TOO_FAR:
+        if error.max() > _TOO_FAR or abs(recovered[row].sum()) < _UNSIGNED:
             failed.append(row)
         complement.take(_vector(numbers, fineness))
     flags = np.concatenate(wrong) if wrong else np.zeros(0, bool)
