@@ -40,14 +40,21 @@ SELECTION, ROTATION = 1e-10, 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too."""
+    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too.
+
+    ``not_native``: why the method has the per-layer layout only; every native cell is refused with it.
+    """
 
     options: tuple[Options, ...] = ({},)
     more: tuple[Options, ...] = ()
+    not_native: str = ""
 
 
 _SPACES = tuple({"spaces": kind} for kind in SPACES)
 METHODS: dict[str, Row] = {
+    "bits_back": Row(
+        not_native="it is about the rotations of every norm, and stock classes have no place for their shortcuts"
+    ),
     "random": Row(_SPACES),
     "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
@@ -102,6 +109,9 @@ class Cell:
     @property
     def refused(self) -> str:
         """Why the layout has to refuse; empty where it does not."""
+        row = METHODS.get(self.method, Row())
+        if row.not_native and self.layout == "native":
+            return row.not_native
         return "; ".join(limits.reasons(self.family, self.kind, self.layout))
 
 
@@ -111,9 +121,15 @@ def rows(method: str, full: bool) -> list[Options]:
     return [*row.options, *(row.more if full else ())]
 
 
+def layouts(method: str) -> tuple[str, ...]:
+    """Layouts in which every method runs: the native one, or both where that only has to be refused."""
+    return LAYOUTS if METHODS.get(method, Row()).not_native else LAYOUTS[:1]
+
+
 def ci_cells() -> list[Cell]:
     """Every method x a few families; every family x {magnitude of the FFN, slicegpt}, where they are not refused."""
-    wide = {Cell(f, m, o) for f in WIDE for m in method_names() for o in map(_Frozen, rows(m, False))}
+    of = {m: [(_Frozen(o), layout) for o in rows(m, False) for layout in layouts(m)] for m in method_names()}
+    wide = {Cell(f, m, o, layout) for f in WIDE for m, cells in of.items() for o, layout in cells}
     basic = (("magnitude", _Frozen(spaces="ffn")), ("slicegpt", _Frozen()), ("fasp", _Frozen()))
     every = {Cell(f, m, o) for f in models.FAMILIES for m, o in basic}
     more = {Cell(f, "magnitude", _Frozen(spaces=k)) for f, k in _MORE}
@@ -138,7 +154,7 @@ _MORE = (
 
 def method_cells() -> list[Cell]:
     """Every method x the first families x all its options."""
-    return [Cell(f, m, _Frozen(o)) for m in method_names() for f in FIRST for o in rows(m, True)]
+    return [Cell(f, m, _Frozen(o), s) for m in method_names() for f in FIRST for o in rows(m, True) for s in layouts(m)]
 
 
 def family_cells() -> list[Cell]:

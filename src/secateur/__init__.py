@@ -9,10 +9,36 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.version import __version__
 
-_PUBLIC = ("compare", "evaluate", "export", "families", "inspect", "load", "methods", "preview", "prune", "recover")
+_PUBLIC = (
+    "compare",
+    "evaluate",
+    "export",
+    "families",
+    "inspect",
+    "load",
+    "methods",
+    "pack",
+    "preview",
+    "prune",
+    "recover",
+    "unpack",
+)
 
 if TYPE_CHECKING:
-    from secateur.api import compare, evaluate, export, families, inspect, load, methods, preview, prune, recover
+    from secateur.api import (
+        compare,
+        evaluate,
+        export,
+        families,
+        inspect,
+        load,
+        methods,
+        pack,
+        preview,
+        prune,
+        recover,
+        unpack,
+    )
 
 __all__ = [
     "SecateurError",
@@ -24,9 +50,11 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "pack",
     "preview",
     "prune",
     "recover",
+    "unpack",
 ]
 
 

@@ -3,6 +3,7 @@
 from secateur.api.comparing import compare
 from secateur.api.exporting import export
 from secateur.api.facts import evaluate, families, inspect, load, methods
+from secateur.api.packing import pack, unpack
 from secateur.api.previewing import preview
 from secateur.api.pruning import PruneResult, prune
 from secateur.api.recovering import RecoverResult, recover
@@ -17,7 +18,9 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "pack",
     "preview",
     "prune",
     "recover",
+    "unpack",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.checkpoints import Folder
 from secateur.checkpoints.hub import locate
+from secateur.cuts.gauge import estimate_savings
 from secateur.engine.prepare import (
     context_of,
     costs_of,
@@ -131,6 +132,7 @@ def inspect(
         "context": context_of(checkpoint),
         "passthrough": [header.name for header in checkpoint.passthrough],
         "spaces": spaces,
+        **({"shortcuts": estimate_savings(architecture)} if sizes.shortcuts else {}),
         "family": "known" if found is None else "beside the model" if found.written else "inferred",
         **({} if found is None else {"verified": list(found.verified), "refused": dict(found.refused)}),
         **({} if write_family is None else {"family_file": str(write_family)}),

@@ -210,6 +210,44 @@ def show_export(result: dict[str, Any]) -> None:
     _out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
+def show_pack(result: dict[str, Any]) -> None:
+    table = _table("", "bytes")
+    for key in ("folder_bytes", "square_bytes", "triangular_bytes", "tensor_bytes", "files_bytes", "header_bytes"):
+        table.add_row(_PACKED[key], f"{result[key]:,}")
+    table.add_row("the archive", f"{result['bytes']:,}")
+    _out.print(table)
+    bits, angles, saving = result["bits"], result["angles"], result["saving"]
+    _out.print(
+        f"{bits['returned'] / 8:,.0f} bytes returned by {angles['coded']:,} of {angles['free']:,} angles, less "
+        f"{bits['corrections'] / 8:,.0f} for corrections, {bits['signs'] / 8:,.0f} for signs, "
+        f"{bits['table'] / 8:,.0f} for precisions: {bits['net'] / 8:,.0f}",
+        highlight=False,
+    )
+    _out.print(
+        f"saved {saving['of_square']:.2%} of the tensors with square shortcuts, {saving['of_triangular']:.2%} with "
+        f"triangular ones, {saving['of_folder']:.2%} of the folder",
+        highlight=False,
+    )
+    if result["check"]:
+        _out.print(f"logits within {result['check']['logits_difference']:.1e} of the largest", highlight=False)
+    _out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
+
+
+_PACKED = {
+    "folder_bytes": "the folder",
+    "square_bytes": "its tensors, with square shortcuts",
+    "triangular_bytes": "its tensors, with triangular shortcuts",
+    "tensor_bytes": "tensors in the archive",
+    "files_bytes": "other files in the archive",
+    "header_bytes": "header of the archive",
+}
+
+
+def show_unpack(result: dict[str, Any]) -> None:
+    _out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
+    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+
+
 def show_methods(result: dict[str, Any]) -> None:
     table = _table("method", "title", "data", "output", "paper", numbers=False)
     for name, facts in result.items():
@@ -258,6 +296,13 @@ def show_inspect(result: dict[str, Any]) -> None:
         value = result[key]
         shown = f"{value:,}" if type(value) is int else str(value)
         _out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
+    shortcuts = result.get("shortcuts")
+    if shortcuts:
+        _out.print(
+            f"shortcuts: {shortcuts['shortcuts']} triangles of width {shortcuts['width']}, {shortcuts['stored']:,} "
+            f"numbers; squares would be {shortcuts['square']:,}",
+            highlight=False,
+        )
     head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout", "per-layer layout")
     table, notes = _table(*head, numbers=False), _Notes()
     for kind, facts in result["spaces"].items():

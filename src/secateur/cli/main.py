@@ -301,6 +301,40 @@ def export(
 
 
 @app.command()
+def pack(
+    model: ModelArg,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="the archive, e.g. small.bitsback")],
+    form: Annotated[str, typer.Option("--form", help="triangular, or square as published")] = "triangular",
+    no_check: Annotated[bool, typer.Option("--no-check", help="do not run what comes out of the archive")] = False,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write MODEL, whose stream was sliced, as one file that spends no bits on its basis."""
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_pack
+
+    with ConsoleProgress() as progress:
+        result = api.pack(model, output, form=form, check=not no_check, force=force, progress=progress)
+    _show(result, as_json, show_pack)
+
+
+@app.command()
+def unpack(
+    archive: Annotated[str, typer.Argument(metavar="FILE", help="what secateur pack wrote")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the checkpoint folder that an archive holds."""
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_unpack
+
+    with ConsoleProgress() as progress:
+        result = api.unpack(archive, output, force=force, progress=progress)
+    _show(result, as_json, show_unpack)
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with its options")] = None,
     as_json: JsonOption = False,

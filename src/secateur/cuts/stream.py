@@ -26,6 +26,7 @@ from torch import Tensor
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, Sizes, canonical_name
 from secateur.families.modeling_secateur import hyperplane
+from secateur.families.packing import packed_triangle
 from secateur.families.roles import ATTENTION_WRITERS, NORMS, TABLES, readers_of_norms, reads_stream, writes_stream
 
 SHARED = "residual"
@@ -81,14 +82,44 @@ def sliced(architecture: Architecture, sizes: Sizes, directions: Mapping[str, in
 def triangular(directions: Tensor, before: Tensor) -> Tensor:
     """The same subspace in the gauge in which the change of basis from the interface before is lower triangular.
 
-    A rotation is free up to an orthogonal map of what survives; the LQ decomposition of the change chooses it.
-
     Args:
         directions: [D, k] orthonormal columns.
         before: [D, j] orthonormal columns, as they are used.
     """
-    gauge: Tensor = torch.linalg.qr((before.t() @ directions).t(), mode="complete").Q
-    return (directions @ gauge).contiguous()
+    return (directions @ lower_gauge(before.t() @ directions)).contiguous()
+
+
+def lower_gauge(change: Tensor) -> Tensor:
+    """Orthogonal G, [k, k], for which ``change @ G`` is lower triangular with no negative diagonal (an LQ).
+
+    A rotation of what survives is free: the function stays the same.
+
+    Args:
+        change: change of basis, [j, k], of any rank.
+    """
+    q, r = torch.linalg.qr(change.t(), mode="complete")
+    signs = torch.ones(len(q)).to(change)
+    signs[: min(r.shape)][r.diagonal() < 0] = -1
+    gauge: Tensor = q * signs
+    return gauge
+
+
+def interface_read(architecture: Architecture, place: Block, norm: str) -> str:
+    """The interface at which a norm of a place reads the stream."""
+    if place is None:
+        return "stem.final_norm"
+    return f"blocks.{place}.{'attention_norm' if architecture.parallel else norm}"
+
+
+def interface_written(architecture: Architecture, place: Block, role: str) -> str:
+    """The interface for which a role of a place writes the stream: that of the next norm."""
+    order = interfaces(architecture)
+    if place is None:
+        return order[0]
+    if role in ATTENTION_WRITERS and not architecture.parallel:
+        return f"blocks.{place}.ffn_norm"
+    last = "attention_norm" if architecture.parallel else "ffn_norm"
+    return order[order.index(f"blocks.{place}.{last}") + 1]
 
 
 _NO_MEAN = 1e-8  # of an entry of a unit vector
@@ -155,8 +186,7 @@ class _Place:
     def __init__(self, architecture: Architecture, place: Block, bases: Mapping[str, Tensor], norm_width: int) -> None:
         self._norm_width = norm_width
         self._bases, self._mean_free = bases, architecture.family.norm == "layer"
-        self._order = interfaces(architecture)
-        self._place, self._parallel = place, architecture.parallel
+        self._architecture, self._place = architecture, place
         self._made: dict[str, StreamBasis] = {}
 
     def _basis(self, interface: str) -> StreamBasis:
@@ -167,18 +197,11 @@ class _Place:
 
     def read_by(self, norm: str) -> StreamBasis:
         """Basis in which a norm of this place reads the stream."""
-        if self._place is None:
-            return self._basis("stem.final_norm")
-        return self._basis(f"blocks.{self._place}.{'attention_norm' if self._parallel else norm}")
+        return self._basis(interface_read(self._architecture, self._place, norm))
 
     def written_by(self, role: str) -> StreamBasis:
         """Basis in which a role of this place writes the stream: that of the next norm."""
-        if self._place is None:
-            return self._basis(self._order[0])
-        if role in ATTENTION_WRITERS and not self._parallel:
-            return self._basis(f"blocks.{self._place}.ffn_norm")
-        last = "attention_norm" if self._parallel else "ffn_norm"
-        return self._basis(self._order[self._order.index(f"blocks.{self._place}.{last}") + 1])
+        return self._basis(interface_written(self._architecture, self._place, role))
 
     def shortcut(self, role: str) -> Tensor:
         """Packed lower triangle, or trapezoid, of the change of basis behind the attention or the FFN."""
@@ -186,9 +209,7 @@ class _Place:
             first, second = self.read_by("attention_norm"), self.written_by("out")
         else:
             first, second = self.read_by("ffn_norm"), self.written_by("down")
-        change = first.directions.t() @ second.directions
-        rows, columns = torch.tril_indices(*change.shape)
-        return change[rows, columns]
+        return packed_triangle(first.directions.t() @ second.directions)
 
 
 def narrow_stream(

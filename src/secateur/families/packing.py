@@ -78,3 +78,15 @@ class Packed:
                 pieces = list(torch.split(matrix, lengths))
             result.update(zip(names, pieces, strict=True))
         return result
+
+
+def packed_triangle(square: Tensor) -> Tensor:
+    """The lower triangle of [k, k], row by row: [k (k + 1) / 2]."""
+    rows, columns = torch.tril_indices(*square.shape, device=square.device)
+    return square[rows, columns]
+
+
+def unpacked_triangle(packed: Tensor, width: int) -> Tensor:
+    """[k, k] from its packed lower triangle, zero above."""
+    rows, columns = torch.tril_indices(width, width, device=packed.device)
+    return packed.new_zeros(width, width).index_put((rows, columns), packed)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
+    "bits_back": "secateur.methods.bits_back:BitsBack",
     "fasp": "secateur.methods.fasp:Fasp",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "prunenet": "secateur.methods.prunenet:PruneNet",

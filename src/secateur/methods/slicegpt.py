@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
+from secateur.cuts.gauge import estimate_savings
 from secateur.cuts.stream import SHARED, interfaces, triangular
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
@@ -114,7 +115,10 @@ class SliceGpt(Method):
         budget, after = study.budget, self.sizes(study.budget)
         count = after.residual - after.mean_free
         if self.rotation == "each":
-            return Plan(budget.sizes, after, bases=_Rotations(self, study, after))
+            savings = estimate_savings(budget.architecture, after)
+            numbers = {f"{key}_shortcut_numbers": savings[key] for key in ("square", "stored", "saved")}
+            turned = _Rotations(self, study, after)
+            return Plan(budget.sizes, after, bases=turned, notes=numbers, charts=spectrum_charts(turned.mean(), count))
         gram = torch.zeros(budget.sizes.residual, budget.sizes.residual, dtype=torch.float64)
         for part in study.summaries["stream"]:
             gram += part
@@ -152,14 +156,22 @@ class _Rotations(Mapping[str, Tensor]):
             self._last = (name, self._rotation(name, before))
         return self._last[1]
 
-    def _rotation(self, name: str, before: Tensor | None) -> Tensor:
+    def _gram(self, name: str) -> Tensor:
         gram = torch.stack(list(self._study.summaries[name])).sum(0)
-        if self._study.budget.sizes.mean_free:
-            gram = _centred(gram)
+        return _centred(gram) if self._study.budget.sizes.mean_free else gram
+
+    def mean(self) -> Tensor:
+        """Gram of all interfaces together, each weighed as where one rotation is shared: what the report draws."""
+        total = torch.zeros(())
+        for name in self._names:
+            gram = self._gram(name)
+            total = total + gram * self._method.interface_weight(gram) / len(self._names)
+        return total
+
+    def _rotation(self, name: str, before: Tensor | None) -> Tensor:
+        gram = self._gram(name)
         directions = self._method.basis_of(gram, self._after.directions(name), self._study.generator)
-        if before is None:
-            return directions.contiguous()
-        return triangular(directions, before)
+        return directions.contiguous() if before is None else triangular(directions, before)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
