@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.edited import EditedCheckpoint
+from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.pairs import COMPARING
 from secateur.engine.progress import Progress
@@ -34,6 +37,7 @@ class MendSweep:
         folder: the work folder; the edits lie there, one file per block.
         journal: records every finished block.
         dense: the model as it was before any round, for evidence that compares with it.
+        fisher: Fisher matrices, if the method wants them.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class MendSweep:
         journal: Journal,
         progress: Progress,
         dense: Checkpoint,
+        fisher: FisherFiles | None = None,
     ) -> None:
+        self._fisher = fisher
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
         self.journal, self.progress, self.dense = journal, progress, dense
         self._edits = Edits(folder)
@@ -72,7 +78,8 @@ class MendSweep:
         """
         blocks = len(self._architecture.sizes.blocks)
         plan = replace(plan, edits=Overlay(plan.edits, known))
-        if stem := plan.edits_of(None):
+        stem = plan.edits_of(None)
+        if stem and None not in self._done:
             self._edits.write(place_name(None), stem)
         places = {*range(blocks), *((None,) if self.method.stem_mends else ())}
         if not places <= self._done:
@@ -80,7 +87,8 @@ class MendSweep:
             beside = None
             if any(name.endswith(COMPARING) for name in frozenset().union(*self._wanted)):
                 beside = Walk(self.dense, runner(), ids, self.folder, "dense")
-            walk = Walk(self.checkpoint, runner(), ids, self.folder, "mended", beside)
+            edited = EditedCheckpoint(self.checkpoint, stem)  # what the first block reads
+            walk = Walk(edited, runner(), ids, self.folder, "mended", beside)
             walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
             while walk.block < blocks:
                 block = walk.block
@@ -90,9 +98,8 @@ class MendSweep:
                     walk.skip()
                 self.progress.step(block + 1)
             if None in places - self._done:
-                source = self.checkpoint.read(None)
                 evidence = walk.stem(self.method.stem_mends)
-                mend = self._mended(None, source, evidence, plan, len(self.method.mends), Mend(edits=stem))
+                mend = self._mended(None, edited.read(None), evidence, plan, len(self.method.mends), Mend(edits=stem))
                 self._finish(None, mend)
             walk.close()
         found: dict[str, dict[str, Tensor]] = {"kept": dict(plan.kept), "score": {}}
@@ -103,6 +110,9 @@ class MendSweep:
                     found.setdefault(kind, {})[space] = tensor
         charts = score_charts(found["score"], found["kept"]) if found["score"] else ()
         return replace(plan, kept=found["kept"], edits=Edits(self.folder), charts=(*plan.charts, *charts))
+
+    def _fisher_of(self, block: int) -> dict[str, Tensor]:
+        return {} if self._fisher is None else self._fisher.of(block)
 
     @property
     def _wanted(self) -> list[frozenset[str]]:
@@ -121,7 +131,7 @@ class MendSweep:
         if self.method.order == "dense":
             taps = Taps(walk.runner, block, frozenset().union(*self.method.mends))
             walk.run(dense, taps)
-            evidence, mend = taps.evidence(), Mend(edits=decided)
+            evidence, mend = {**taps.evidence(), **self._fisher_of(block)}, Mend(edits=decided)
             for stage in range(len(self.method.mends)):
                 mend = self._mended(block, dense, evidence, plan, stage, mend)
             self._finish(block, mend)
@@ -130,7 +140,8 @@ class MendSweep:
         for stage, wanted in enumerate(self.method.mends):
             taps = Taps(walk.runner, block, wanted)
             walk.run({**dense, **_known(mend, dense)}, taps, advance=False)
-            mend = self._mended(block, dense, taps.evidence(), plan, stage, mend)
+            evidence = {**taps.evidence(), **(self._fisher_of(block) if FISHER in wanted else {})}
+            mend = self._mended(block, dense, evidence, plan, stage, mend)
         walk.run({**dense, **_known(self._finish(block, mend), dense)})
 
     def _mended(
@@ -143,7 +154,8 @@ class MendSweep:
         mend: Mend,
     ) -> Mend:
         """One stage more."""
-        view = BlockView(self._architecture, block, {**dense, **_known(mend, dense)})
+        read = partial(self.dense.read, block)
+        view = BlockView(self._architecture, block, {**dense, **_known(mend, dense)}, read)
         added = self.method.mend(view, evidence, plan, stage)
         parts = ({**getattr(mend, part), **getattr(added, part)} for part in ("kept", "edits", "scores"))
         return Mend(*parts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.edited import EditedCheckpoint
+from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.mending import MendSweep
 from secateur.engine.prepare import Prepared
@@ -89,7 +90,13 @@ class _Round:
         if not self._method.mends or self._planning.ids is None:
             return plan
         sweep = MendSweep(
-            self._checkpoint, self._method, self._folder, self._journal, self._planning.progress, self._dense
+            self._checkpoint,
+            self._method,
+            self._folder,
+            self._journal,
+            self._planning.progress,
+            self._dense,
+            self._fisher(),
         )
         known = {} if previous is None else previous.edits
         return sweep.run(plan, self._planning.ids, self._planning.runner, known)
@@ -103,13 +110,22 @@ class _Round:
         if self._planning.ids is None:
             sweep.from_weights()
         elif method.evidence:
-            sweep.from_data(self._planning.ids, self._planning.runner())
+            sweep.from_data(self._planning.ids, self._planning.runner(), self._fisher())
         plan = method.decide(self._study(sweep))
         if method.mends:  # kept apart until it is complete
             decided.mkdir(exist_ok=True)
             self._journal.add("decided", sha256=plan.save(decided))
             return Plan.load(decided)
         return plan
+
+    def _fisher(self) -> FisherFiles | None:
+        """The Fisher matrices of this round, gathered where the method wants them."""
+        if FISHER not in self._method.evidence.union(*self._method.mends):
+            return None
+        files, planning = FisherFiles(self._folder, self._journal), self._planning
+        blocks = len(self._dense.architecture.sizes.blocks)
+        files.gather(self._trials, blocks, planning.prepared.request.seed)
+        return files
 
     def _study(self, sweep: SummarySweep) -> Study:
         planning = self._planning

@@ -16,6 +16,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.fisher import FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
 from secateur.engine.taps import Taps
@@ -99,7 +100,7 @@ class SummarySweep:
             self._keep(place, view, {})
             self.progress.step(len(self._done))
 
-    def from_data(self, ids: Tensor, runner: BlockRunner) -> None:
+    def from_data(self, ids: Tensor, runner: BlockRunner, fisher: FisherFiles | None = None) -> None:
         """One dense forward pass, block by block; gathers what the method's ``evidence`` names."""
         method, blocks = self.method, len(self.architecture.sizes.blocks)
         if not method.evidence or all(place in self._done for place in self.architecture.places):
@@ -112,7 +113,8 @@ class SummarySweep:
             taps = None if block in self._done else Taps(runner, block, method.evidence)
             walk.run(tensors, taps)
             if taps is not None:
-                self._keep(block, BlockView(self.architecture, block, tensors), taps.evidence())
+                evidence = {**taps.evidence(), **({} if fisher is None else fisher.of(block))}
+                self._keep(block, BlockView(self.architecture, block, tensors), evidence)
             self.progress.step(block + 1)
         if None not in self._done:
             self._keep(None, BlockView(self.architecture, None, {}), walk.stem(self.method.evidence))

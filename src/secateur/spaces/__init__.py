@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import get_args
 
 from torch import Tensor
@@ -120,10 +121,23 @@ class BlockView:
         architecture: the dense architecture.
         place: block index, or None for the stem.
         tensors: canonical tensors of the place, by name.
+        dense: reads those of the dense model, where ``tensors`` may be edited already.
     """
 
-    def __init__(self, architecture: Architecture, place: Block, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        place: Block,
+        tensors: Mapping[str, Tensor],
+        dense: Callable[[], Mapping[str, Tensor]] | None = None,
+    ) -> None:
         self.architecture, self.place, self.tensors = architecture, place, tensors
+        self._dense = dense
+
+    @cached_property
+    def dense(self) -> Mapping[str, Tensor]:
+        """The tensors of the dense model."""
+        return self.tensors if self._dense is None else self._dense()
 
     def spaces(self, kind: Kind) -> list[Space]:
         return spaces_of(self.architecture.sizes, kind, self.place)
