@@ -142,6 +142,17 @@ def test_trials_are_those_of_the_stock_model(family: str, checkpoint: Checkpoint
     assert trials.loss(both) == pytest.approx(direct[1], rel=1e-9)
     assert trials.settle() == pytest.approx(expected_loss, rel=1e-6)
     assert trials.loss(one) == pytest.approx(direct[0], rel=1e-9)
+    where, heard = models.ALL[family].where, []
+    for block in model.get_submodule(where.blocks):
+        for name in (where.attention_out, where.ffn_out):
+            block.get_submodule(name).register_forward_hook(lambda _, __, out: heard.append(out))
+    signals = torch.autograd.grad(loss(), heard)
+    tokens, fishers = ids[:, 1:].numel(), [(g.flatten(0, -2).t() @ g.flatten(0, -2)).detach() for g in signals]
+    for gradients in trials.gradients(wanted=("signals",)):
+        if gradients.place is not None:
+            for found, wanted in zip(gradients.signals.values(), fishers[2 * gradients.place :], strict=False):
+                assert torch.allclose(found, wanted * tokens, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) * tokens)
+    heard.clear()
     value.backward()
     parameters = dict(model.named_parameters())
     for gradients in trials.gradients(wanted=("mean", "squares")):

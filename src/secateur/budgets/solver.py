@@ -127,9 +127,13 @@ class Budget:
         solutions = [self._nearest(target, candidates, what) for target in self.targets]
         return min(solutions, key=self.costs.params)
 
+    def step(self, kind: Kind) -> int:
+        """What sizes of ``kind`` are multiples of."""
+        return math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+
     def rounded(self, kind: Kind, wanted: float, full: int) -> int:
         """The reachable size nearest to one wanted of the ``full`` units of a block: at least one step, at most all."""
-        step = math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+        step = self.step(kind)
         return full if wanted >= full else min(full, max(step, round(wanted / step) * step))
 
     def solve_ranked(self, kind: Kind, scores: Mapping[str, Tensor], keep: float | None = None) -> Sizes:
@@ -146,7 +150,7 @@ class Budget:
             asked = "one ranking over all blocks in the native layout"
             refuse("not-native", asked, "stock classes give all blocks one size", "--layout per-layer")
         self.reachable(kind, self.sizes)  # refuses what the layout cannot hold
-        multiple = math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+        multiple = self.step(kind)
         candidates = GlobalRanking(self.sizes, kind, scores, multiple)
         if keep is not None:
             return candidates[int(keep * (len(candidates) - 1))]
@@ -206,7 +210,7 @@ class _Path(Sequence[Sizes]):
     def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._at(index)
+        return self._at(index % len(self))
 
 
 def _number(value: float) -> str:

@@ -47,6 +47,8 @@ class Pairs:
             for tensor in architecture.tensors_of(block)
             if tensor.kind == "weight" and tensor.expert is None
         }
+        if block is None:  # also a tied head has inputs
+            present["head"] = (architecture.sizes.vocab, architecture.sizes.residual)
         for name in sorted(wanted):
             role, _, kind = name.rpartition(".")
             if kind in (CROSS, TARGET) and role in present:

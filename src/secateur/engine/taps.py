@@ -50,6 +50,9 @@ class Taps:
                 self._tap_inputs(role, kind == "gram")
 
     def _tap_inputs(self, role: str, gram: bool) -> None:
+        if self._block is None and role == "head":  # also one that is tied, which is no tensor of its own
+            self._inputs[role] = Moments(self._architecture.sizes.residual, self._runner.device, gram)
+            return
         for packed in self._architecture.packed_of(self._block):
             for canonical in packed.canonical:
                 tensor = self._architecture.tensors[canonical]

@@ -210,8 +210,8 @@ class CalibrationTrials:
                     sources = [hidden, *collector.parameters, *collector.heard]
                     found = torch.autograd.grad(output, sources, given, allow_unused=True)
                 assert found[0] is not None
+                collector.add(found[1:])  # before the next line: one of them may be the old content of that memory
                 backward[batch] = found[0].to(backward.device)
-                collector.add(found[1:])
             influence_of = torch.zeros(0) if place is None else influences[place]
             yield Gradients(place, *collector.close(), influence_of)
             if place is not None:

@@ -11,6 +11,20 @@ DAMPING = 1e-2
 """Ridge as a share of the mean of the Gram's diagonal."""
 
 
+def aim(weight: Tensor, gram: Tensor, target: Tensor, damping: float) -> Tensor:
+    """W* that minimises |W* X - Y|^2 + delta |W* - W|^2: outputs that are wanted, on other inputs than W's own.
+
+    Args:
+        weight: W, [out, n].
+        gram: X X^T of the inputs it will see, [n, n].
+        target: Y X^T, [out, n].
+        damping: delta over the mean of the Gram's diagonal.
+    """
+    factor, delta = ridge_factor(gram, damping)
+    right = target.to(gram) + delta * weight.to(gram)
+    return torch.cholesky_solve(right.t(), factor).t()
+
+
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = DAMPING, cross: Tensor | None = None) -> Tensor:
     """Readers W* of the kept units that come nearest to W on the data, shrunk towards W itself.
 

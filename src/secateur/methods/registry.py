@@ -18,6 +18,7 @@ ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
     "bits_back": "secateur.methods.bits_back:BitsBack",
     "fasp": "secateur.methods.fasp:Fasp",
+    "joint": "secateur.methods.joint:Joint",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",

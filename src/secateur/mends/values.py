@@ -1,0 +1,56 @@
+"""Fewer dimensions per value head: the basis in which dropping the first ones costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.scores.ridge import ridge_factor
+
+_DAMPING = 1e-8
+
+
+@dataclass(frozen=True)
+class ValueBasis:
+    """Components of a value head, those that matter most first.
+
+    Attributes:
+        reduce: [h, h], rows: components from the head's dimensions.
+        restore: [h, h], columns: dimensions from the components; the inverse of ``reduce``.
+        costs: [h + 1], what is lost when so many of the last components go.
+    """
+
+    reduce: Tensor
+    restore: Tensor
+    costs: Tensor
+
+
+def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tensor) -> ValueBasis:
+    """The basis of one key/value group, for all its query heads together.
+
+    With G the sum of the heads' Grams, M that of W^T F W and G = R R^T, the eigenvectors U of R^T M R give
+    reduce = U^T R^-1 and restore = R U: for one head the optimal factors of its value-output product (MoDeGPT,
+    arXiv:2408.09632, alg. 3, in the metric of the loss), for several their joint form.
+
+    Args:
+        readers: W of every query head, [out, h].
+        grams: mean over tokens of the products of every query head's values, [h, h] float64.
+        metric: F, [out, out].
+    """
+    wide = [reader.to(metric) for reader in readers]
+    total = torch.stack(list(grams)).sum(0)
+    factor, _ = ridge_factor(total, _DAMPING)
+    weighed = torch.stack([reader.t() @ metric @ reader for reader in wide]).sum(0)
+    _, vectors = torch.linalg.eigh(factor.t() @ weighed @ factor)
+    vectors = vectors.flip(1)
+    restore = factor @ vectors
+    reduce = vectors.t() @ torch.linalg.inv(factor)
+    each = torch.zeros(len(total), dtype=torch.float64, device=total.device)
+    for reader, gram in zip(wide, grams, strict=True):
+        written = reader @ restore
+        each += (written * (metric @ written)).sum(0) * (reduce * (reduce @ gram)).sum(1) / 2
+    costs = torch.cat([each.new_zeros(1), each.flip(0).cumsum(0)])
+    return ValueBasis(reduce, restore, costs)

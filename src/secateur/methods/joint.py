@@ -1,0 +1,272 @@
+"""Joint (ours): neurons, key/value groups, value dimensions and whole branches against one budget, mended on the way.
+
+What an error of a branch costs is read from the Fisher matrix F of what it gives: half of tr(F E) nats per token for an
+error of covariance E. Backward elimination in that metric gives every space its loss-versus-size curve; one price per
+parameter allocates the budget over all of them. The sweep that follows cuts block by block, and refits every matrix by
+least squares on the signals behind the cuts before it, towards what the dense model computes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from secateur.budgets import Budget
+from secateur.families import Layout, Sizes
+from secateur.mends import aim, refit
+from secateur.mends.values import ValueBasis, value_basis
+from secateur.methods.allocating import Allocation
+from secateur.methods.base import Method, Study
+from secateur.plans import Mend, Plan
+from secateur.scores.elimination import Elimination, eliminate
+from secateur.scores.ridge import ridge_factor
+from secateur.spaces import BlockView
+
+_READERS = (("q", "k", "v"), ("gate", "up"))
+_FISHER = {"out": "fisher.attention", "down": "fisher.ffn"}
+
+
+class Joint(Method):
+    """Choose between all spaces at once by what each costs the loss per parameter, and mend behind the cuts."""
+
+    name = "joint"
+    title = "Joint allocation over all spaces, mended behind the cuts"
+    data = "text"
+    evidence = frozenset({"out.gram", "down.gram", "fisher"})
+    order = "sequential"
+
+    passes: int | None = Field(
+        None, ge=1, le=4, description="rounds of statistics, allocation and cuts (default: 2 per-layer, 1 native)"
+    )
+    values: bool = Field(True, description="also drop dimensions of value heads (per-layer layout)")
+    branches: bool = Field(True, description="also drop whole attention and FFN branches (per-layer layout)")
+    damping: PositiveFloat = Field(1e-3, description="ridge of the least squares, over the Gram's mean diagonal")
+    layered: bool = Field(False, description="set by the layout: blocks may differ in size")
+
+    @property
+    def rounds(self) -> int:
+        return self.passes or (2 if self.layered else 1)
+
+    @property
+    def mends(self) -> tuple[frozenset[str], ...]:
+        return (
+            frozenset({"q.gram", "q.cross"}),
+            frozenset({"out.gram", "out.target", "fisher"}),
+            frozenset({"up.gram", "up.cross"}),
+            frozenset({"down.gram", "down.target", "fisher"}),
+        )
+
+    @property
+    def stem_mends(self) -> frozenset[str]:
+        return frozenset({"head.gram", "head.cross"})
+
+    def in_layout(self, layout: Layout) -> Self:
+        return self.model_copy(update={"layered": layout == "per-layer"})
+
+    def sizes(self, budget: Budget) -> Sizes:
+        """Sizes of about the same cost; which blocks give how much is known only from the text."""
+        return self._solve(budget, "ffn")
+
+    # -- curves ----------------------------------------------------------------------------------------------------
+
+    def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What every space of a block loses with its size, in nats per token."""
+        if view.place is None:
+            return {}
+        found = {f"ffn.{view.place}": self._ffn_curve(view, evidence)}
+        attention = view.spaces("kv") and "fisher.attention" in evidence and "out.gram" in evidence
+        if attention:
+            (space,) = view.spaces("kv")
+            reader = view.reader(space)
+            gram = evidence["out.gram"] / evidence["out.count"]
+            metric = evidence["fisher.attention"]
+            found[f"kv.{view.place}"] = eliminate(reader.values, gram, metric, reader.span).costs
+            tails = [basis.costs for basis in _bases(view, reader.values, gram, metric)]
+            found[f"value.{view.place}"] = torch.stack(tails).mean(0)
+        return found
+
+    def _ffn_curve(self, view: BlockView, evidence: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros(1, dtype=torch.float64)
+        sizes = view.architecture.sizes
+        tokens = float(evidence["out.count"]) if "out.count" in evidence else float(evidence["down.count"])
+        for space in view.spaces("ffn"):
+            if space.expert == "shared":
+                continue
+            reader = view.reader(space)
+            gram = evidence[f"{reader.key}.gram"] / tokens
+            if space.expert is not None:  # each weighs about one part of what the token's experts give
+                gram = gram / sizes.active_experts**2
+            total = total + eliminate(reader.values, gram, evidence["fisher.ffn"]).costs
+        return total
+
+    # -- allocation ------------------------------------------------------------------------------------------------
+
+    def decide(self, study: Study) -> Plan:
+        curves = {name: next(iter(study.summaries[name])) for name in study.summaries}
+        last = study.round == self.rounds - 1
+        allocation = Allocation(study.budget, curves, self.layered, self.values and last, self.branches)
+        after = allocation.solve((study.round + 1) / self.rounds)
+        return Plan(study.budget.sizes, after, notes={"predicted_loss": round(allocation.predicted(after), 4)})
+
+    # -- cut and mend ----------------------------------------------------------------------------------------------
+
+    def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:
+        if view.place is None:
+            return self._head(view, evidence)
+        if stage in (0, 2):
+            return self._readers(view, evidence, _READERS[stage // 2])
+        return self._attention(view, evidence, plan) if stage == 1 else self._ffn(view, evidence, plan)
+
+    def _readers(self, view: BlockView, evidence: Mapping[str, Tensor], roles: tuple[str, ...]) -> Mend:
+        """Matrices that read the stream give on the cut stream what the dense ones gave on theirs."""
+        edits = {}
+        key = roles[0] if f"{roles[0]}.cross" in evidence else roles[-1]
+        for role in roles:
+            now, name = view.matrix(role), f"blocks.{view.place}.{role}.weight"
+            if f"{key}.cross" in evidence and now is not None and name in view.dense:
+                gram = evidence[f"{key}.gram"]
+                target = view.dense[name].to(gram) @ evidence[f"{key}.cross"]
+                edits[name] = aim(now, gram, target, self.damping)
+        return Mend(edits=edits)
+
+    def _attention(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan) -> Mend:
+        """Which key/value groups stay, in how many value dimensions; what reads them aims at the dense stream."""
+        spaces, assert_place = view.spaces("kv"), view.place
+        assert assert_place is not None
+        if not spaces or "out.gram" not in evidence:
+            return Mend()
+        (space,), after = spaces, plan.after.blocks[assert_place]
+        reader = view.reader(space)
+        if not after.kv:
+            return Mend(edits={reader.name: torch.zeros_like(reader.values)})
+        count, prior = float(evidence["out.count"]), plan.kept.get(space.name)
+        gram, target = _silenced(evidence["out.gram"], _target(view, evidence, "out"), prior, reader.span)
+        metric = evidence["fisher.attention"]
+        weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
+        chosen = eliminate(weight, gram / count, metric, reader.span)
+        kept, edits, scores = {}, {}, {}
+        columns = torch.arange(len(gram))
+        if after.kv < space.size:
+            kept[space.name] = chosen.kept(after.kv)
+            scores[space.name] = _ranks(chosen)
+            columns = (kept[space.name][:, None] * reader.span + torch.arange(reader.span)).flatten()
+        if after.value:
+            narrow, weight, gram, target = self._narrow(view, weight, gram, target, metric, after.value)
+            edits.update(narrow)
+            head = view.architecture.sizes.head
+            kept[f"blocks.{view.place}.value"] = (
+                torch.arange(space.size)[:, None] * head + torch.arange(after.value)
+            ).flatten()
+            columns = columns[columns % head < after.value]
+        edits[reader.name] = refit(weight, gram, columns, self.damping, target)
+        return Mend(kept, edits, scores)
+
+    def _narrow(
+        self, view: BlockView, weight: Tensor, gram: Tensor, target: Tensor | None, metric: Tensor, left: int
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+        """Turn every value head so that its first dimensions matter most: the edits, and what ``out`` sees then."""
+        sizes = view.architecture.sizes
+        heads, group = sizes.head, sizes.blocks[view.place or 0].group
+        bases = _bases(view, weight, gram, metric)
+        turn = _diagonal([basis.reduce for basis in bases for _ in range(group)])
+        back = _diagonal([basis.restore for basis in bases for _ in range(group)])
+        edits = {}
+        for kind in ("weight", "bias"):
+            name = f"blocks.{view.place}.v.{kind}"
+            if name in view.tensors:
+                value = view.tensors[name].to(gram)
+                parts = [b.reduce @ value[i * heads : (i + 1) * heads] for i, b in enumerate(bases)]
+                for part in parts:
+                    part[left:] = 0
+                edits[name] = torch.cat(parts)
+        return edits, weight @ back, turn @ gram @ turn.t(), None if target is None else target @ turn.t()
+
+    def _ffn(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan) -> Mend:
+        """Which neurons stay; what reads them aims at the dense stream."""
+        kept, edits, scores = {}, {}, {}
+        assert view.place is not None
+        after = plan.after.blocks[view.place]
+        for space in view.spaces("ffn"):
+            reader = view.reader(space)
+            left = after.shared if space.expert == "shared" else after.ffn
+            if not left:
+                edits[reader.name] = torch.zeros_like(reader.values)
+                continue
+            count, prior = float(evidence[f"{reader.key}.count"]), plan.kept.get(space.name)
+            gram, target = _silenced(evidence[f"{reader.key}.gram"], _target(view, evidence, reader.key), prior, 1)
+            weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
+            chosen = eliminate(weight, gram / max(count, 1.0), evidence["fisher.ffn"])
+            kept[space.name] = chosen.kept(left)
+            scores[space.name] = _ranks(chosen)
+            edits[reader.name] = refit(weight, gram, kept[space.name], self.damping, target)
+        return Mend(kept, edits, scores)
+
+    def _head(self, view: BlockView, evidence: Mapping[str, Tensor]) -> Mend:
+        """The head gives on the cut stream what it gave on the dense one; a tied one by the gains of its norm."""
+        if "head.cross" not in evidence:
+            return Mend()
+        gram, cross = evidence["head.gram"], evidence["head.cross"]
+        head = view.matrix("head")
+        if head is not None and not view.architecture.sizes.tied:
+            target = view.dense["stem.head.weight"].to(gram) @ cross
+            return Mend(edits={"stem.head.weight": aim(head, gram, target, self.damping)})
+        norm, bias = view.matrix("final_norm"), view.tensors.get("stem.final_norm.bias")
+        if norm is None or bias is not None:
+            return Mend()
+        offset = view.architecture.family.norm_offset
+        gains = norm.to(gram) + offset
+        inverse = gains.sign() / gains.abs().clamp(min=1e-6)  # what the norm gives before its gains
+        now, dense = (tensors["stem.embedding.weight"].to(gram) for tensors in (view.tensors, view.dense))
+        left = (now.t() @ now) * gram * inverse * inverse[:, None]
+        right = ((now.t() @ dense) * (cross * inverse).t()).sum(1)
+        factor, ridge = ridge_factor(left, self.damping)
+        found = torch.cholesky_solve((right + ridge * gains)[:, None], factor)[:, 0]
+        return Mend(edits={"stem.final_norm.weight": found - offset})
+
+
+def _target(view: BlockView, evidence: Mapping[str, Tensor], key: str) -> Tensor | None:
+    """Y X^T of a matrix that writes the stream, its bias taken out of Y; None where none was gathered."""
+    target = evidence.get(f"{key}.target")
+    bias = view.tensors.get(f"blocks.{view.place}.{key}.bias")
+    if target is None or bias is None:
+        return target
+    return target - torch.outer(bias.to(target), evidence[f"{key}.sum"])
+
+
+def _ranks(chosen: Elimination) -> Tensor:
+    """Place of every unit in the order in which they go, [units]: what stays longest is highest."""
+    ranks = torch.empty(len(chosen.order), dtype=torch.float64)
+    ranks[chosen.order] = torch.arange(1, len(chosen.order) + 1, dtype=torch.float64)
+    return ranks
+
+
+def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The matrix with these blocks on its diagonal."""
+    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _silenced(gram: Tensor, target: Tensor | None, kept: Tensor | None, span: int) -> tuple[Tensor, Tensor | None]:
+    """Statistics without the units that an earlier round removed: what is zero asks for nothing."""
+    if kept is None:
+        return gram, target
+    there = torch.zeros(len(gram), dtype=gram.dtype)
+    there[(kept[:, None] * span + torch.arange(span)).flatten()] = 1
+    return gram * there * there[:, None], None if target is None else target * there
+
+
+def _bases(view: BlockView, weight: Tensor, gram: Tensor, metric: Tensor) -> list[ValueBasis]:
+    """The value basis of every key/value group."""
+    sizes = view.architecture.sizes
+    block, head = sizes.blocks[view.place or 0], sizes.head
+    found = []
+    for group in range(block.kv):
+        spans = [
+            slice((group * block.group + i) * head, (group * block.group + i + 1) * head) for i in range(block.group)
+        ]
+        found.append(value_basis([weight[:, s] for s in spans], [gram[s, s] for s in spans], metric))
+    return found
