@@ -123,9 +123,27 @@ class Budget:
         Raises:
             RequestError: as ``solve``.
         """
-        candidates = _Path(sizes_at)
+        return self.solve_among(_Path(sizes_at), what)
+
+    def solve_among(self, candidates: Sequence[Sizes], what: str) -> Sizes:
+        """The sizes nearest to the target among some, the smallest first.
+
+        Args:
+            what: is cut, for messages.
+
+        Raises:
+            RequestError: as ``solve``.
+        """
         solutions = [self._nearest(target, candidates, what) for target in self.targets]
         return min(solutions, key=self.costs.params)
+
+    def met(self, sizes: Sizes) -> bool:
+        """Whether no more has to go than what ``sizes`` are without."""
+        return all(self._cost(target)(sizes) <= target.of(self._cost(target)(self.sizes)) for target in self.targets)
+
+    def admits(self, sizes: Sizes) -> bool:
+        """Whether the layout can hold ``sizes``."""
+        return not self._problems(sizes)
 
     def rounded(self, kind: Kind, wanted: float, full: int) -> int:
         """The reachable size nearest to one wanted of the ``full`` units of a block: at least one step, at most all."""

@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
     "bits_back": "secateur.methods.bits_back:BitsBack",
+    "adapt_pruner": "secateur.methods.adapt_pruner:AdaptPruner",
+    "blockpruner": "secateur.methods.blockpruner:BlockPruner",
     "fasp": "secateur.methods.fasp:Fasp",
+    "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
+    "shortgpt": "secateur.methods.shortgpt:ShortGpt",
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
 }
 DEFAULT_WITH_DATA: Final = "slicegpt"
