@@ -224,7 +224,7 @@ class _Path(Sequence[Sizes]):
     def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._at(index)
+        return self._at(index % self._POINTS)
 
 
 def _number(value: float) -> str:
