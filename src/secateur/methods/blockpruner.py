@@ -93,7 +93,7 @@ class BlockPruner(Method):
     def _admitted(self, budget: Budget, units: Iterator[Branch], gone: list[Branch]) -> Iterator[Branch]:
         for unit in units:
             after, _ = without(budget.sizes, [*gone, unit])
-            if unit not in gone and after.blocks and budget.admits(after):
+            if unit not in gone and after.blocks and not budget.problems(after):
                 yield unit
 
     def decide(self, study: Study) -> Plan:

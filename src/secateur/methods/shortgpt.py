@@ -71,7 +71,7 @@ class ShortGpt(Method):
         """What stays, given what would stay without 0, 1, 2... blocks: as many as asked, or nearest to the target."""
         if self.sparsity is not None:
             return kept_of[len(kept_of) - len(self.sizes(budget).blocks)]
-        depths = filter(budget.admits, map(budget.sizes.kept_blocks, kept_of))
+        depths = [sizes for sizes in map(budget.sizes.kept_blocks, kept_of) if not budget.problems(sizes)]
         after = budget.solve_among(sorted(depths, key=budget.costs.params), "blocks")
         return kept_of[len(kept_of) - len(after.blocks)]
 
