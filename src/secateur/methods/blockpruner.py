@@ -6,9 +6,9 @@ arXiv:2406.10594. With whole blocks as units it is the greedy search of SLEB (ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -67,8 +67,7 @@ class BlockPruner(Method):
         if self.units == "blocks":
             return [Branch(block, ("attention", "ffn")) for block in range(len(sizes.blocks))]
         parts = (self.units,) if self.units in _WRITERS else ("attention", "ffn")
-        there = {"attention": lambda block: block.kv > 0, "ffn": lambda block: block.ffn > 0}
-        return [Branch(i, (part,)) for i, block in enumerate(sizes.blocks) for part in parts if there[part](block)]
+        return [Branch(i, (part,)) for i, block in enumerate(sizes.blocks) for part in parts if block.has(part)]
 
     def sizes(self, budget: Budget) -> Sizes:
         """Sizes that some order of removal comes to; which branches go, and so the sizes, is up to the trials."""
@@ -79,7 +78,7 @@ class BlockPruner(Method):
             if found is None:
                 break
             gone.append(found)
-            path.append(without(budget.sizes, gone)[0])
+            path.append(without(budget.sizes, gone))
         return self._nearest(budget, path)
 
     def _enough(self, budget: Budget, sizes: Sizes, gone: int, units: int) -> bool:
@@ -90,10 +89,10 @@ class BlockPruner(Method):
             return path[-1]
         return budget.solve_among(path[::-1], self.units)
 
-    def _admitted(self, budget: Budget, units: Iterator[Branch], gone: list[Branch]) -> Iterator[Branch]:
+    def _admitted(self, budget: Budget, units: Iterable[Branch], gone: list[Branch]) -> Iterator[Branch]:
         for unit in units:
-            after, _ = without(budget.sizes, [*gone, unit])
-            if unit not in gone and after.blocks and not budget.problems(after):
+            after = None if unit in gone else without(budget.sizes, [*gone, unit])
+            if after and after.blocks and not budget.problems(after):
                 yield unit
 
     def decide(self, study: Study) -> Plan:
@@ -103,7 +102,7 @@ class BlockPruner(Method):
         edits: dict[str, Tensor] = {}
         losses = [study.trials.settle()]
         while not self._enough(budget, path[-1], len(gone), len(units)):
-            left = list(self._admitted(budget, iter(units), gone))
+            left = list(self._admitted(budget, units, gone))
             if not left:
                 break
             found = []
@@ -114,19 +113,18 @@ class BlockPruner(Method):
             gone.append(left[best])
             edits |= silent[left[best]]
             losses.append(study.trials.settle(edits))
-            path.append(without(before, gone)[0])
+            path.append(without(before, gone))
         after = self._nearest(budget, path)
         taken = path.index(after)
-        kept = without(before, gone[:taken])[1]
+        removed = {unit.block for unit in gone[:taken] if len(unit.parts) > 1}
+        kept = torch.tensor([block for block in range(len(before.blocks)) if block not in removed])
         notes = {
             "path": [str(unit) for unit in gone],
             "losses": [round(loss, 6) for loss in losses],
             "taken": taken,
             "trials": study.trials.count,
         }
-        return Plan(
-            before, after, {} if kept is None else {"blocks": kept}, notes=notes, charts=(_chart(losses, taken),)
-        )
+        return Plan(before, after, {"blocks": kept} if removed else {}, notes=notes, charts=(_chart(losses, taken),))
 
     def _silent(self, study: Study, unit: Branch) -> dict[str, Tensor]:
         """The matrices by which a unit writes the stream, silenced."""
@@ -135,16 +133,16 @@ class BlockPruner(Method):
         return {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in tensors.items()}
 
 
-def without(sizes: Sizes, gone: list[Branch]) -> tuple[Sizes, Tensor | None]:
-    """Sizes without some branches, and the blocks of which one is left; None where that is all of them."""
+def without(sizes: Sizes, gone: Sequence[Branch]) -> Sizes:
+    """Sizes without some branches: blocks that lose both at once leave, the others stay in their place."""
     blocks = dict(enumerate(sizes.blocks))
     for unit in gone:
-        for part in unit.parts:
-            change = {"kv": 0} if part == "attention" else {"ffn": 0, "experts": 0, "shared": 0}
-            blocks[unit.block] = replace(blocks[unit.block], **change)
-    left = {index: block for index, block in blocks.items() if block.kv or block.ffn}
-    after = replace(sizes, blocks=tuple(left.values()))
-    return after, None if len(left) == len(blocks) else torch.tensor(list(left))
+        if len(unit.parts) > 1:
+            del blocks[unit.block]
+            continue
+        change: dict[str, Any] = {"kv": 0} if unit.parts == ("attention",) else {"ffn": 0, "experts": 0, "shared": 0}
+        blocks[unit.block] = replace(blocks[unit.block], **change)
+    return replace(sizes, blocks=tuple(blocks.values()))
 
 
 def _chart(losses: list[float], taken: int) -> Chart:
