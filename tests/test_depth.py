@@ -227,11 +227,31 @@ def test_an_interrupted_search_goes_on_where_it_was(checkpoint: Checkpoints, not
 
 
 @pytest.mark.parametrize("units", ["branches", "attention", "ffn"])
-def test_branches_are_refused_in_the_native_layout(units: str, checkpoint: Checkpoints, notes: Path) -> None:
+def test_branches_are_refused_in_the_native_layout(
+    units: str, checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    wanted = _request(notes, "blockpruner", options={"units": units})
     with pytest.raises(secateur.errors.RequestError, match="without attention") as caught:
-        secateur.prune(checkpoint(), **_request(notes, "blockpruner", options={"units": units}))
+        secateur.prune(checkpoint(), output=tmp_path / "out", **wanted)
     assert (caught.value.code, caught.value.exit_code) == ("not-native", 2)
     assert "per-layer" in caught.value.hint
+
+
+@pytest.mark.parametrize("units", ["attention", "branches"])
+def test_without_branches_it_generates(units: str, notes: Path, tmp_path: Path) -> None:
+    """With the cache as without, also where the first attention, whose cache tells the length, is gone."""
+    model = models.save(tmp_path / "model", "llama", DOUBLE, num_hidden_layers=4)
+
+    def first(_: CalibrationTrials, edits: Any = None) -> float:
+        return float(min(int(name.split(".")[1]) for name in edits))
+
+    with mock.patch.object(CalibrationTrials, "loss", first):
+        wanted = _request(notes, "blockpruner", layout="per-layer", options={"units": units})
+        secateur.prune(model, output=tmp_path / "out", **wanted)
+    found = _notes(tmp_path / "out")
+    assert found["path"][0] == "blocks.0.attention"
+    assert found["taken"] >= 1
+    _generates(models.load(tmp_path / "out", dtype=DOUBLE), models.token_ids())
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "blockpruner"])
