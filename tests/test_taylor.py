@@ -133,7 +133,7 @@ def test_first_order_is_the_slope_of_the_loss(checkpoint: Checkpoints, notes: Pa
                 losses.append(float(_loss(model, ids)))
                 weight[:, unit] = column
         slope = abs(losses[0] - losses[1]) / 2e-5
-        parts = [mean[name] * dict(model.named_parameters())[name] for name in _names(1)]
+        parts = [mean[name] * model.get_parameter(name).detach() for name in _names(1)]
         others = sum(float(part[unit].sum().abs()) for part in parts)
         assert float(groups.scores["blocks.1.ffn"][unit]) == pytest.approx(slope + others, rel=1e-3)
 
