@@ -13,7 +13,7 @@ from secateur.budgets import Budget
 from secateur.budgets.shares import cuttable
 from secateur.errors import refuse
 from secateur.families import Kind, Sizes
-from secateur.methods.base import Method, Study, keep_best
+from secateur.methods.base import Derivative, Method, Study, keep_best
 from secateur.methods.charts import score_charts
 from secateur.plans import Chart, Plan
 from secateur.scores.taylor import SQUARES, Order, Reduction, unit_saliency
@@ -70,7 +70,8 @@ class Groups:
     def measure(self) -> None:
         """Score what is there by gradients of the network without what is not."""
         method, self.influence = self._method, torch.zeros_like(self.influence)
-        for found in self._study.trials.gradients(self.edits(), squares=method.taylor in SQUARES):
+        wanted: tuple[Derivative, ...] = ("mean", "squares") if method.taylor in SQUARES else ("mean",)
+        for found in self._study.trials.gradients(self.edits(), wanted):
             if found.place is None:
                 continue
             view = self._study.view(found.place, None)
