@@ -60,6 +60,10 @@ METHODS: dict[str, Row] = {
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
     "fasp": Row(({},), ({"metric": "obs"}, {"restore": False})),
+    "shortgpt": Row(({}, {"contiguous": True}), ({"metric": "angular"}, {"metric": "relative"})),
+    "blockpruner": Row(),
+    "llm_pruner": Row(({},), ({"taylor": "param_mix"}, {"iterative_steps": 2})),
+    "adapt_pruner": Row(not_native="its sizes differ from block to block, and stock classes give all blocks one"),
 }
 RATIOS = {"kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
@@ -136,7 +140,8 @@ def ci_cells() -> list[Cell]:
     shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
     possible = {cell for cell in every if not cell.refused}
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
-    return sorted(wide | possible | more | shared | rotated, key=str)
+    uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
+    return sorted(wide | possible | more | shared | rotated | uneven, key=str)
 
 
 _MORE = (
@@ -163,7 +168,9 @@ def family_cells() -> list[Cell]:
     ranked = [_Frozen(spaces=k, allocation="global") for k in ("ffn", "kv")]
     found += [Cell(f, "magnitude", o, "per-layer") for f in models.ALL for o in ranked]
     found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
-    found += [Cell(f, m, _Frozen()) for f in models.ALL for m in method_names() if m not in ("magnitude", "random")]
+    others = [m for m in method_names() if m not in ("magnitude", "random")]
+    found += [Cell(f, m, _Frozen(), s) for f in models.ALL for m in others for s in layouts(m)]
+    found += [Cell(f, m, _Frozen(), "per-layer") for f in models.ALL for m in ("llm_pruner", "blockpruner")]
     return found
 
 

@@ -88,12 +88,13 @@ class Budget:
         present = base.size(kind)
         quantum = self.quantum_of(kind)
         candidates = [n for n in range(1, present) if n % quantum == 0] + [present]
-        return [n for n in candidates if not self._problems(base.resized(kind, n))]
+        return [n for n in candidates if not self.problems(base.resized(kind, n))]
 
     def _refused_anyway(self, kind: Kind) -> bool:
         return bool(refusals(self.architecture, kind, "per-layer"))
 
-    def _problems(self, sizes: Sizes) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
+        """Why the layout does not admit these sizes (empty: it does)."""
         return problems(self.architecture, sizes, self.itemsize, self.layout)
 
     def solve(self, kind: Kind, base: Sizes | None = None) -> Sizes:
@@ -123,13 +124,27 @@ class Budget:
         Raises:
             RequestError: as ``solve``.
         """
-        candidates = _Path(sizes_at)
+        return self.solve_among(_Path(sizes_at), what)
+
+    def solve_among(self, candidates: Sequence[Sizes], what: str) -> Sizes:
+        """The sizes nearest to the target among some, the smallest first.
+
+        Args:
+            what: is cut, for messages.
+
+        Raises:
+            RequestError: as ``solve``.
+        """
         solutions = [self._nearest(target, candidates, what) for target in self.targets]
         return min(solutions, key=self.costs.params)
 
     def step(self, kind: Kind) -> int:
         """What sizes of ``kind`` are multiples of."""
         return math.lcm(self.quantum_of(kind), grain(self.architecture, kind, self.itemsize))
+
+    def met(self, sizes: Sizes) -> bool:
+        """Whether no more has to go than what ``sizes`` are without."""
+        return all(self._cost(target)(sizes) <= target.of(self._cost(target)(self.sizes)) for target in self.targets)
 
     def rounded(self, kind: Kind, wanted: float, full: int) -> int:
         """The reachable size nearest to one wanted of the ``full`` units of a block: at least one step, at most all."""
@@ -186,7 +201,7 @@ class Budget:
     def at(self, kind: Kind, size: int, base: Sizes | None = None) -> Sizes:
         """Sizes with a given ``kind``, for the paper's own knob; refused where the stock class does not admit it."""
         sizes = (base or self.sizes).resized(kind, size)
-        reasons = self._problems(sizes) if size >= 1 else [f"{kind} {size} leaves nothing"]
+        reasons = self.problems(sizes) if size >= 1 else [f"{kind} {size} leaves nothing"]
         if reasons:
             refuse("out-of-reach", f"{kind} {size}", "; ".join(reasons))
         return sizes
@@ -210,7 +225,7 @@ class _Path(Sequence[Sizes]):
     def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._at(index % len(self))
+        return self._at(range(len(self))[index])
 
 
 def _number(value: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -15,7 +16,7 @@ from secateur.errors import InternalError
 from secateur.evidence import Influence, Moments
 from secateur.families import Block, Packed
 
-STREAM, INFLUENCE = "stream", "influence"
+STREAM, INFLUENCE, ENDS = "stream", "influence", "ends"
 _SECOND = ("gram", "moments")
 
 
@@ -24,7 +25,8 @@ class Taps:
 
     ``stream`` is the Gram of every norm's input, named by the norm's role; ``ROLE.gram`` and ``ROLE.moments`` are
     taken from the inputs of a role's matrix (``down.gram``, or ``experts.E.down.gram`` of every expert, see
-    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block;
+    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block; ``ends``
+    is what enters it at the last token of every window, [windows, width];
     ``ROLE.cross`` and ``ROLE.target`` hold the dense model against it (:class:`secateur.engine.pairs.Pairs`).
 
     Args:
@@ -36,6 +38,7 @@ class Taps:
     def __init__(self, runner: BlockRunner, block: Block, wanted: Collection[str]) -> None:
         self._runner, self._block, self._architecture = runner, block, runner.architecture
         self._influence = Influence() if INFLUENCE in wanted and block is not None else None
+        self._ends: list[Tensor] | None = [] if ENDS in wanted and block is not None else None
         self._norms: dict[str, Moments] = {}
         self._inputs: dict[str, Moments] = {}
         self._stacked: dict[str, Packed] = {}
@@ -101,6 +104,8 @@ class Taps:
         """Take note of what entered and what left the block."""
         if self._influence is not None:
             self._influence.add(before, after)
+        if self._ends is not None:
+            self._ends.append(before[:, -1].clone())
 
     def close_shard(self) -> None:
         """End a logical shard of the data."""
@@ -113,7 +118,11 @@ class Taps:
         for key, moments in self._inputs.items():
             found.update(moments.named(key))
         found.update(self.pairs.evidence())
-        return found if self._influence is None else {**found, **self._influence.named()}
+        if self._influence is not None:
+            found.update(self._influence.named())
+        if self._ends is not None:
+            found[ENDS] = torch.cat(self._ends)
+        return found
 
 
 @contextmanager

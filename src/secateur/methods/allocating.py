@@ -152,7 +152,8 @@ class Allocation:
         count = round(rest / saving)
         if count < 0 or full - count * self._step < self._step:
             return None
-        return base.resized("ffn", full - count * self._step) if count else base
+        found = base.resized("ffn", full - count * self._step) if count else base
+        return None if self.budget.problems(found) else found
 
     @cached_property
     def _most(self) -> float:

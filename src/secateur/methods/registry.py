@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
+    "adapt_pruner": "secateur.methods.adapt_pruner:AdaptPruner",
     "bits_back": "secateur.methods.bits_back:BitsBack",
+    "blockpruner": "secateur.methods.blockpruner:BlockPruner",
     "fasp": "secateur.methods.fasp:Fasp",
     "joint": "secateur.methods.joint:Joint",
+    "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
+    "shortgpt": "secateur.methods.shortgpt:ShortGpt",
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
 }
 DEFAULT_WITH_DATA: Final = "slicegpt"

@@ -1,0 +1,113 @@
+"""LLM-Pruner: coupled groups go by Taylor importance, as many in every block but the first and last (arXiv:2305.11627).
+
+Recovery, which the paper adds, is ``secateur recover``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from secateur.budgets import Budget
+from secateur.budgets.shares import sizes_at_shares, with_ffn_of
+from secateur.errors import refuse
+from secateur.families import Kind, Layout, Sizes
+from secateur.methods.base import Study
+from secateur.methods.taylor import Groups, TaylorGroups
+from secateur.plans import Plan
+
+_PAPER_DEPTH, _PAPER_FIRST, _PAPER_LAST = 32, 4, 2  # blocks 4 to 29 of 32 are cut
+_PER_LAYER: Final = "--layout per-layer"
+
+
+class LlmPruner(TaylorGroups):
+    """The same share of every block's neurons and key/value groups, the ends protected; or one ranking of all."""
+
+    name = "llm_pruner"
+    title = "LLM-Pruner: On the Structural Pruning of Large Language Models"
+    paper = "arXiv:2305.11627"
+
+    allocation: Literal["uniform", "global"] = Field(
+        "uniform", description="the same share in every block, or what one ranking of all groups leaves (per-layer)"
+    )
+    first: NonNegativeInt | None = Field(
+        None, description="leading blocks left whole; default the paper's 4 of 32, scaled (per-layer layout)"
+    )
+    last: NonNegativeInt | None = Field(
+        None, description="closing blocks left whole; default the paper's 2 of 32, scaled (per-layer layout)"
+    )
+    iterative_steps: PositiveInt = Field(1, description="sweeps of gradients, a part of the groups going after each")
+
+    def in_layout(self, layout: Layout) -> Self:
+        if layout == "native":
+            asked = [f"first={self.first}"] if self.first else []
+            asked += [f"last={self.last}"] if self.last else []
+            asked += ["allocation=global"] if self.allocation == "global" else []
+            if asked:
+                found = "stock classes give all blocks one size"
+                refuse("not-native", f"{self.name} with {', '.join(asked)} in the native layout", found, _PER_LAYER)
+            return self.model_copy(update={"first": 0, "last": 0})
+        return self
+
+    def whole(self, depth: int) -> set[int]:
+        """Blocks that are left whole."""
+        first = round(depth * _PAPER_FIRST / _PAPER_DEPTH) if self.first is None else self.first
+        last = round(depth * _PAPER_LAST / _PAPER_DEPTH) if self.last is None else self.last
+        if first + last >= depth:
+            found, hint = f"the model has {depth} blocks", "lower first or last"
+            refuse("bad-option", f"{self.name} with {first} + {last} blocks left whole", found, hint)
+        return {*range(first), *range(depth - last, depth)}
+
+    def sizes(self, budget: Budget) -> Sizes:
+        """The same share everywhere; heads come in few, so the neurons make up for how their number is rounded."""
+        kinds, depth = self.kinds(budget), len(budget.sizes.blocks)
+        whole = self.whole(depth)
+
+        def at(share: float, of: list[Kind]) -> Sizes:
+            shares = [1.0 if block in whole else share for block in range(depth)]
+            return sizes_at_shares(budget, dict.fromkeys(of, shares))
+
+        if self.sparsity is not None:
+            return at(1 - self.sparsity, kinds)
+        what = " and ".join(kinds)
+        if len(kinds) == 1:
+            return budget.solve_along(lambda share: at(share, kinds), what)
+        both = replace(budget, tolerance=None).solve_along(lambda share: at(share, kinds), what)
+        return budget.solve_along(lambda share: with_ffn_of(both, at(share, ["ffn"])), what)
+
+    def decide(self, study: Study) -> Plan:
+        groups, steps = Groups(study, self), self.iterative_steps
+        after = self.sizes(study.budget)
+        for step in range(steps):
+            study.progress(step + 1, steps, "gradients")
+            groups.measure()
+            if self.allocation == "global":
+                after = self._ranked(study.budget, groups)
+            groups.shrink(after, 1 / (steps - step))
+        whole = sorted(self.whole(len(after.blocks)))
+        return groups.plan(after, {"left_whole": whole, "cut": groups.kinds, "steps": steps})
+
+    def _ranked(self, budget: Budget, groups: Groups) -> Sizes:
+        """What remains when the lowest of all groups go, whichever block they are in."""
+        depth = len(budget.sizes.blocks)
+        whole = self.whole(depth)
+        open_to_cut = [space for space in groups.spaces if space.place not in whole]
+        pooled = torch.cat([groups.scores[s.name][groups.alive[s.name]] for s in open_to_cut]).sort().values
+
+        def at(share: float) -> Sizes:
+            least = pooled[min(len(pooled) - 1, int((1 - share) * len(pooled)))]
+            shares: dict[Kind, list[float]] = {kind: [1.0] * depth for kind in groups.kinds}
+            for kind in groups.kinds:
+                for place in range(depth):
+                    here = [s for s in open_to_cut if s.place == place and s.kind == kind]
+                    stay = sum(int((groups.scores[s.name][groups.alive[s.name]] >= least).sum()) for s in here)
+                    if here:
+                        shares[kind][place] = stay / sum(s.size for s in here)
+            return sizes_at_shares(budget, shares)
+
+        if self.sparsity is not None:
+            return at(1 - self.sparsity)
+        return budget.solve_along(at, "one ranking of " + " and ".join(groups.kinds))
