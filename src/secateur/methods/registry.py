@@ -19,6 +19,7 @@ _OURS: Final = {
     "adapt_pruner": "secateur.methods.adapt_pruner:AdaptPruner",
     "bits_back": "secateur.methods.bits_back:BitsBack",
     "blockpruner": "secateur.methods.blockpruner:BlockPruner",
+    "dotresize": "secateur.methods.dotresize:DotResize",
     "fasp": "secateur.methods.fasp:Fasp",
     "joint": "secateur.methods.joint:Joint",
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",

@@ -1,0 +1,218 @@
+"""Methods that narrow the residual stream in bases of their own: one engine with two hooks.
+
+``basis_of`` says which directions survive where a norm reads the stream, ``widths`` how many at each. In the per-layer
+layout every interface has its own basis and a shortcut leads from each to the next; in the native layout one basis
+serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from secateur.budgets import Budget
+from secateur.cuts.stream import SHARED, interfaces, triangular
+from secateur.errors import refuse
+from secateur.families import Layout, Sizes, place_name
+from secateur.methods.base import Method, Study, keep_best
+from secateur.methods.charts import spectrum_charts
+from secateur.plans import Plan
+from secateur.spaces import BlockView, Kind
+
+_ROUNDING = 8  # the published code floors the width to a multiple of it
+_ENOUGH = 4096  # sampled rows for a basis that serves all norms
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is known of the stream where norms read it.
+
+    Attributes:
+        gram: [width, width] float64.
+        samples: [rows, width], empty unless the method's evidence has ``samples``.
+    """
+
+    gram: Tensor
+    samples: Tensor
+
+
+class Slicing(Method):
+    """Narrow the stream to the directions that ``basis_of`` chooses."""
+
+    data = "text"
+    evidence = frozenset({"stream"})
+
+    tie: Literal["untie", "keep"] = Field(
+        "untie",
+        description="a tied head: give it a table of its own (exact), or keep one for both by least squares (ours)",
+    )
+    orientation: Literal["pca", "random"] = Field(
+        "pca", description="orientation inside the surviving subspace; random spreads energy, the function is the same"
+    )
+
+    rotation: Literal["auto", "shared", "each"] = Field(
+        "auto",
+        description="one rotation for all interfaces, or each its own with shortcuts between them (per-layer layout "
+        "only, and the default there)",
+    )
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def basis_name(self) -> str:
+        """Which of the bases ``pca``, ``random``, ``subset`` it is, or another."""
+        return "pca"
+
+    def basis_of(self, signal: Signal, count: int, generator: torch.Generator) -> Tensor:
+        """The ``count`` directions that survive, [width, count], orthonormal columns."""
+        gram = signal.gram
+        if self.basis_name == "random":
+            return _random_orthogonal(gram.shape[0], generator)[:, :count]
+        if self.basis_name == "subset":
+            return torch.eye(gram.shape[0], dtype=torch.float64)[:, keep_best(gram.diagonal(), count)]
+        _, vectors = torch.linalg.eigh(gram)  # ascending
+        directions: Tensor = vectors.flip(1)[:, :count]
+        # the sign of an eigenvector is arbitrary: make its largest entry positive
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        return directions * largest.sign()
+
+    def widths(self, study: Study) -> Sizes:
+        """How wide the stream stays, at each norm: the same everywhere unless a method schedules it."""
+        return self.sizes(study.budget)
+
+    def interface_weight(self, gram: Tensor) -> float:
+        """Weight of one interface in the sum: its inverse energy, so that each counts the same."""
+        return 1 / max(float(gram.trace()), 1e-30)
+
+    # -- the engine ------------------------------------------------------------------------------------------------
+
+    @property
+    def cuts(self) -> Kind:
+        return "residual"
+
+    def in_layout(self, layout: Layout) -> Self:
+        if self.rotation == "each" and layout == "native":
+            asked = f"{self.name} with rotation=each in the native layout"
+            refuse("not-native", asked, "stock classes have no place for shortcuts", "--layout per-layer")
+        if self.rotation != "auto":
+            return self
+        return self.model_copy(update={"rotation": "each" if layout == "per-layer" else "shared"})
+
+    def _selects(self, budget: Budget) -> bool:
+        return self.basis_name == "subset" and self.rotation != "each" and budget.architecture.family.norm == "rms"
+
+    def _keeps_tie(self, budget: Budget) -> bool:
+        """Whether one table goes on serving as embedding and head."""
+        if not budget.sizes.tied or budget.sizes.mean_free or self.rotation == "each":
+            return False
+        return self.tie == "keep" or self.basis_name == "subset"
+
+    def base_sizes(self, budget: Budget) -> Sizes:
+        """The dense sizes with what a basis costs however wide it is: a head of its own, shortcuts."""
+        base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
+        return replace(base, shortcuts=base.shortcuts or self.rotation == "each")
+
+    def sizes(self, budget: Budget) -> Sizes:
+        base = self.base_sizes(budget)
+        if self.sparsity is None:
+            return budget.solve("residual", base)
+        width = int((1 - self.sparsity) * budget.sizes.residual)
+        return budget.at("residual", width - width % _ROUNDING or width, base)
+
+    def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared.
+
+        Samples go the same way: each apart, or rows of all, as many of each and weighted alike.
+        """
+        found = {name: tensor for name, tensor in evidence.items() if not name.endswith("_norm")}
+        norms = [name for name in evidence if name.endswith("_norm")]
+        rows = {name: found.pop(f"{name}.samples") for name in norms if f"{name}.samples" in found}
+        if self.rotation == "each":
+            found |= {f"{place_name(view.place)}.{name}": evidence[name] for name in norms}
+            return found | {f"{place_name(view.place)}.{name}.samples": samples for name, samples in rows.items()}
+        weights = {name: self.interface_weight(evidence[name]) for name in norms}
+        if rows:
+            share = max(1, _ENOUGH // len(interfaces(view.architecture)))
+            spread = [samples[:: max(1, len(samples) // share)] * weights[name] ** 0.5 for name, samples in rows.items()]
+            found["stream.samples"] = torch.cat(spread)
+        return found | {"stream": torch.stack([evidence[name] * weights[name] for name in norms]).sum(0)}
+
+    def signal(self, study: Study, name: str) -> Signal:
+        """What the summaries say of one interface, or of all together (``stream``); centred for a LayerNorm."""
+        parts = iter(study.summaries[name])
+        gram = next(parts).clone()
+        for part in parts:
+            gram += part
+        rows = study.summaries.get(f"{name}.samples")
+        samples = torch.zeros(0, len(gram)) if rows is None else torch.cat(list(rows))
+        if study.budget.sizes.mean_free and not (name == "stream" and self._selects(study.budget)):
+            return Signal(_centred(gram), samples - samples.mean(1, keepdim=True))
+        return Signal(gram, samples)
+
+    def decide(self, study: Study) -> Plan:
+        budget, after = study.budget, self.widths(study)
+        if self.rotation == "each":
+            return Plan(budget.sizes, after, bases=_Rotations(self, study, after))
+        count = after.residual - after.mean_free
+        signal = self.signal(study, "stream")
+        gram = signal.gram
+        if self._selects(budget):
+            kept = {"residual": keep_best(gram.diagonal(), after.residual)}
+            return Plan(budget.sizes, after, kept, charts=spectrum_charts(gram, after.residual))
+        directions = self.basis_of(signal, count, study.generator)
+        explained = float(torch.einsum("dk,de,ek->", directions, gram, directions) / gram.trace())
+        if self.orientation == "random":
+            directions = directions @ _random_orthogonal(directions.shape[1], study.generator)
+        bases = {SHARED: directions.contiguous()}
+        notes = {"kept_energy": round(explained, 6)}
+        return Plan(budget.sizes, after, bases=bases, notes=notes, charts=spectrum_charts(gram, directions.shape[1]))
+
+
+class _Rotations(Mapping[str, Tensor]):
+    """The rotation of every interface, computed when asked for; asked in order, each is computed once.
+
+    Each is in the gauge that makes the shortcut from the one before lower triangular: half of it need not be stored.
+    """
+
+    def __init__(self, method: Slicing, study: Study, after: Sizes) -> None:
+        self._method, self._study, self._after = method, study, after
+        self._names = interfaces(study.budget.architecture)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last is None or self._last[0] != name:
+            index = self._names.index(name)
+            before = self[self._names[index - 1]] if index else None
+            self._last = (name, self._rotation(name, before))
+        return self._last[1]
+
+    def _rotation(self, name: str, before: Tensor | None) -> Tensor:
+        signal, count = self._method.signal(self._study, name), self._after.directions(name)
+        directions = self._method.basis_of(signal, count, self._study.generator)
+        return directions.contiguous() if before is None else triangular(directions, before)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _centred(gram: Tensor) -> Tensor:
+    """Gram of a signal without its mean: what a LayerNorm sees."""
+    gram = gram - gram.mean(0)
+    return gram - gram.mean(1, keepdim=True)
+
+
+def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal matrix."""
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+    signed: Tensor = q * r.diagonal().sign()
+    return signed
