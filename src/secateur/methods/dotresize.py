@@ -31,7 +31,7 @@ class DotResize(Slicing):
     title = "DOTResize: Reducing LLM Width via Discrete Optimal Transport-based Neuron Merging"
     paper = "arXiv:2507.04517"
 
-    spaces: Literal["residual", "ffn"] = Field("residual", description="what is merged; ffn is derived, not the paper's")
+    spaces: Literal["residual", "ffn"] = Field("residual", description="what is merged; ffn is ours")
     basis: Literal["ot", "pca", "random", "subset"] = Field(
         "ot", description="directions that survive in the stream: the span of the transport plan, or those of slicegpt"
     )
@@ -44,7 +44,7 @@ class DotResize(Slicing):
 
     @property
     def evidence(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"stream", "samples"}) if self.spaces == "residual" else frozenset()
+        return super().evidence | {"samples"} if self.spaces == "residual" else frozenset()
 
     @property
     def mends(self) -> tuple[frozenset[str], ...]:

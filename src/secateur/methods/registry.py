@@ -20,6 +20,7 @@ _OURS: Final = {
     "bits_back": "secateur.methods.bits_back:BitsBack",
     "blockpruner": "secateur.methods.blockpruner:BlockPruner",
     "dotresize": "secateur.methods.dotresize:DotResize",
+    "dynamic_slicing": "secateur.methods.dynamic_slicing:DynamicSlicing",
     "fasp": "secateur.methods.fasp:Fasp",
     "joint": "secateur.methods.joint:Joint",
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",

@@ -1,8 +1,8 @@
 """Methods that narrow the residual stream in bases of their own: one engine with two hooks.
 
-``basis_of`` says which directions survive where a norm reads the stream, ``widths`` how many at each. In the per-layer
-layout every interface has its own basis and a shortcut leads from each to the next; in the native layout one basis
-serves all.
+``basis_of`` says which directions survive where a norm reads the stream, ``schedule`` how many at each. In the
+per-layer layout every interface has its own basis and a shortcut leads from each to the next; in the native layout one
+basis serves all, and all keep as many.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.cuts.stream import SHARED, interfaces, triangular
+from secateur.budgets.schedule import redundancy, slices
+from secateur.cuts.stream import SHARED, interfaces, sliced, triangular
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
-from secateur.methods.base import Method, Study, keep_best
+from secateur.methods.base import Fraction, Method, Study, keep_best
 from secateur.methods.charts import spectrum_charts
 from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
 
 _ROUNDING = 8  # the published code floors the width to a multiple of it
+_OTHER = "--layout per-layer"
 _ENOUGH = 4096  # sampled rows for a basis that serves all norms
 
 
@@ -45,7 +47,6 @@ class Slicing(Method):
     """Narrow the stream to the directions that ``basis_of`` chooses."""
 
     data = "text"
-    evidence = frozenset({"stream"})
 
     tie: Literal["untie", "keep"] = Field(
         "untie",
@@ -59,6 +60,19 @@ class Slicing(Method):
         "auto",
         description="one rotation for all interfaces, or each its own with shortcuts between them (per-layer layout "
         "only, and the default there)",
+    )
+    schedule: Literal["constant", "redundancy"] = Field(
+        "constant", description="as wide at every layer, or narrower where a layer changes its input less (each only)"
+    )
+    amount: float = Field(
+        2 / 3, ge=0, le=1, description="how much of the mean slice follows the redundancy: 0 none, 1 all"
+    )
+    base: Fraction | None = Field(
+        None, description="the slice that every layer loses anyway (the paper's S_B), instead of amount"
+    )
+    most: Fraction = Field(0.8, description="the slice that no layer exceeds")
+    head: Literal["mean", "whole"] = Field(
+        "mean", description="what the head reads where layers differ: the mean width, or all (as the paper)"
     )
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -81,13 +95,46 @@ class Slicing(Method):
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
         return directions * largest.sign()
 
+    def layer_weights(self, study: Study) -> list[float]:
+        """How much more of each layer goes than of the others: its redundancy."""
+        return redundancy([float(part[0]) for part in study.summaries["influence"]])
+
     def widths(self, study: Study) -> Sizes:
-        """How wide the stream stays, at each norm: the same everywhere unless a method schedules it."""
-        return self.sizes(study.budget)
+        """Sizes with as many directions at each norm as the schedule says, nearest to the target.
+
+        The norms of a layer keep as many; with ``sparsity``, the mean slice over the layers is that.
+        """
+        budget = study.budget
+        if self.schedule == "constant":
+            return self.sizes(budget)
+        base, full, weights = self.base_sizes(budget), budget.sizes.residual, self.layer_weights(study)
+        budget.reachable("residual", base)  # refuses what the layout cannot hold
+
+        def at(mean: float) -> Sizes:
+            start = self.base if self.base is not None else (1 - self.amount) * mean
+            shares = slices(weights, mean, start, max(self.most, mean))
+            found = {}
+            for name in interfaces(budget.architecture):
+                place = name.split(".")[1]
+                share = shares[int(place)] if place.isdigit() else 0.0 if self.head == "whole" else mean
+                if self.sparsity is None:
+                    width = budget.rounded("residual", (1 - share) * full, full)
+                else:
+                    width = _floored((1 - share) * full)
+                found[name] = width - base.mean_free
+            return sliced(budget.architecture, base, found)
+
+        if self.sparsity is not None:
+            return at(self.sparsity)
+        return budget.solve_along(lambda share: at(1 - share), "residual")
 
     def interface_weight(self, gram: Tensor) -> float:
         """Weight of one interface in the sum: its inverse energy, so that each counts the same."""
         return 1 / max(float(gram.trace()), 1e-30)
+
+    @property
+    def evidence(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"stream"} if self.schedule == "constant" else {"stream", "influence"})
 
     # -- the engine ------------------------------------------------------------------------------------------------
 
@@ -98,7 +145,12 @@ class Slicing(Method):
     def in_layout(self, layout: Layout) -> Self:
         if self.rotation == "each" and layout == "native":
             asked = f"{self.name} with rotation=each in the native layout"
-            refuse("not-native", asked, "stock classes have no place for shortcuts", "--layout per-layer")
+            refuse("not-native", asked, "stock classes have no place for shortcuts", _OTHER)
+        if self.schedule != "constant" and (layout == "native" or self.rotation == "shared"):
+            asked, found = f"{self.name} with schedule={self.schedule}", "its layers differ in width"
+            if layout == "native":
+                refuse("not-native", f"{asked} in the native layout", f"{found}, and stock classes do not", _OTHER)
+            refuse("bad-option", f"{asked} and rotation=shared", f"{found}, and one rotation has one", "rotation=each")
         if self.rotation != "auto":
             return self
         return self.model_copy(update={"rotation": "each" if layout == "per-layer" else "shared"})
@@ -121,8 +173,7 @@ class Slicing(Method):
         base = self.base_sizes(budget)
         if self.sparsity is None:
             return budget.solve("residual", base)
-        width = int((1 - self.sparsity) * budget.sizes.residual)
-        return budget.at("residual", width - width % _ROUNDING or width, base)
+        return budget.at("residual", _floored((1 - self.sparsity) * budget.sizes.residual), base)
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared.
@@ -138,7 +189,7 @@ class Slicing(Method):
         weights = {name: self.interface_weight(evidence[name]) for name in norms}
         if rows:
             share = max(1, _ENOUGH // len(interfaces(view.architecture)))
-            spread = [samples[:: max(1, len(samples) // share)] * weights[name] ** 0.5 for name, samples in rows.items()]
+            spread = [r[:: max(1, len(r) // share)] * weights[name] ** 0.5 for name, r in rows.items()]
             found["stream.samples"] = torch.cat(spread)
         return found | {"stream": torch.stack([evidence[name] * weights[name] for name in norms]).sum(0)}
 
@@ -203,6 +254,11 @@ class _Rotations(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _floored(width: float) -> int:
+    """A width down to a multiple of eight, as in the published code; of less than that, itself."""
+    return int(width) // _ROUNDING * _ROUNDING or max(1, int(width))
 
 
 def _centred(gram: Tensor) -> Tensor:

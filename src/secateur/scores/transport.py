@@ -38,8 +38,8 @@ def targets(samples: Tensor, cost: Tensor, count: int) -> Tensor:
 def pair_costs(samples: Tensor, gram: Tensor, cost: Cost, normalise: bool, signed: bool) -> tuple[Tensor, Tensor]:
     """Distance of every pair of neurons over their signals, and the sign with which they are nearest.
 
-    ``l1`` sums |z_i - z_j| over sampled tokens. ``squared`` is |z_i|^2 + |z_j|^2 - 2 G_ij over all tokens, free once the
-    Gram is known.
+    ``l1`` sums |z_i - z_j| over sampled tokens. ``squared`` is |z_i|^2 + |z_j|^2 - 2 G_ij over all tokens, free once
+    the Gram is known.
 
     Args:
         samples: Z, [rows, n].
