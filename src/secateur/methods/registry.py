@@ -19,6 +19,7 @@ _OURS: Final = {
     "adapt_pruner": "secateur.methods.adapt_pruner:AdaptPruner",
     "bits_back": "secateur.methods.bits_back:BitsBack",
     "blockpruner": "secateur.methods.blockpruner:BlockPruner",
+    "disp_llm": "secateur.methods.disp_llm:DispLlm",
     "dotresize": "secateur.methods.dotresize:DotResize",
     "dynamic_slicing": "secateur.methods.dynamic_slicing:DynamicSlicing",
     "fasp": "secateur.methods.fasp:Fasp",
