@@ -54,6 +54,10 @@ class DispLlm(Method, LearningOptions):
             refuse("not-native", f"disp_llm with constrained={self.constrained} in the native layout", found, hint)
         return self
 
+    @property
+    def cuts(self) -> Kind:
+        return "ffn" if self.constrained == "none" else "residual"
+
     def files(self) -> dict[str, str]:
         return {} if self.logits is None else {LOGITS: self.logits}
 
@@ -84,8 +88,9 @@ class DispLlm(Method, LearningOptions):
     # -- logits ----------------------------------------------------------------------------------------------------
 
     def _gates(self, budget: Budget) -> Gates:
+        budget.reachable("ffn", budget.sizes)  # refuses what the layout cannot hold
         if self.constrained != "none":
-            budget.reachable("residual", budget.sizes)  # refuses what the layout cannot hold
+            budget.reachable("residual", budget.sizes)
             if budget.sizes.mean_free:
                 found = "its norms subtract the mean, which a selection of the stream changes"
                 refuse("not-exact", f"constrained={self.constrained}", found, "--set constrained=none")
