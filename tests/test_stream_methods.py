@@ -242,7 +242,7 @@ def test_a_layer_that_does_nothing_is_cut_most(notes: Path, tmp_path: Path) -> N
 
 
 def test_the_shortcuts_are_saved(notes: Path, tmp_path: Path) -> None:
-    """What lies in the folder computes what was planned, widths and shortcuts included (the released code loses them)."""
+    """What lies in the folder computes what was planned, shortcuts included (the released code loses them)."""
     model = models.save(tmp_path / "model", "llama", DOUBLE)
     record = _dynamic(model, tmp_path / "out", notes, sparsity=0.3, base=0.1)
     full, widths = record["before"]["residual"], _widths(record)
@@ -262,8 +262,8 @@ def test_schedules_serve_every_basis(checkpoint: Checkpoints, notes: Path, tmp_p
     for method in ("slicegpt", "dotresize"):
         record = _dynamic(checkpoint(), tmp_path / method, notes, method=method, schedule="redundancy", amount=1.0)
         assert len(set(_widths(record))) > 1
+        options = {"schedule": "redundancy"}
         with pytest.raises(RequestError, match="per-layer"):
-            options = {"schedule": "redundancy"}
             secateur.prune(checkpoint(), method=method, ratio=0.15, data=notes, options=options, output=tmp_path / "no")
 
 

@@ -34,7 +34,7 @@ def gate(logits: Tensor, estimator: Estimator, generator: torch.Generator | None
     if generator:
         scaled = scaled - torch.log(-torch.log(_uniform(logits, generator))) / TEMPERATURE
     soft = torch.sigmoid(scaled)
-    hard = (soft > 0.5).to(soft) + soft - soft.detach()
+    hard = (soft > 0.5).to(soft) + (soft - soft.detach())
     return (soft if estimator == "soft" else hard), hard
 
 

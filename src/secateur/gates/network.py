@@ -63,7 +63,7 @@ class GatedNetwork:
                 continue
             done.add((path, dimension))
             module = self.model.get_submodule(path)
-            if packed.stacked:
+            if packed.stacked and dimension:
                 stack.enter_context(self._inside(module, leaf, packed))
                 continue
             span = architecture.shapes[tensor.name][dimension] // gate.size

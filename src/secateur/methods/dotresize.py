@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.families import Layout, Sizes
 from secateur.methods.base import Study
-from secateur.methods.slicing import Signal, Slicing
+from secateur.methods.slicing import Signal, Slicing, in_hyperplane
 from secateur.plans import Mend, Plan
 from secateur.scores.transport import Cost, directions_of, pair_costs, targets, transport
 from secateur.spaces import BlockView, Kind, all_spaces
@@ -70,7 +70,8 @@ class DotResize(Slicing):
             return super().basis_of(signal, count, generator)
         kept, plan, signs = self._merge(signal, count)
         size = signal.gram.diagonal().clamp(min=0).sqrt()
-        return directions_of(plan * signs * (size[:, None] if self.scaled and self.normalise else 1), kept)
+        directions = directions_of(plan * signs * (size[:, None] if self.scaled and self.normalise else 1), kept)
+        return in_hyperplane(directions, signal.gram) if signal.mean_free else directions
 
     def decide(self, study: Study) -> Plan:
         if self.spaces == "residual":

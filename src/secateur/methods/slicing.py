@@ -26,6 +26,7 @@ from secateur.plans import Plan
 from secateur.spaces import BlockView, Kind
 
 _ROUNDING = 8  # the published code floors the width to a multiple of it
+_NO_MEAN = 1e-8  # of an entry of a unit vector
 _OTHER = "--layout per-layer"
 _ENOUGH = 4096  # sampled rows for a basis that serves all norms
 
@@ -37,10 +38,12 @@ class Signal:
     Attributes:
         gram: [width, width] float64.
         samples: [rows, width], empty unless the method's evidence has ``samples``.
+        mean_free: whether both are without their mean, because the norms take it away.
     """
 
     gram: Tensor
     samples: Tensor
+    mean_free: bool = False
 
 
 class Slicing(Method):
@@ -202,7 +205,7 @@ class Slicing(Method):
         rows = study.summaries.get(f"{name}.samples")
         samples = torch.zeros(0, len(gram)) if rows is None else torch.cat(list(rows))
         if study.budget.sizes.mean_free and not (name == "stream" and self._selects(study.budget)):
-            return Signal(_centred(gram), samples - samples.mean(1, keepdim=True))
+            return Signal(_centred(gram), samples - samples.mean(1, keepdim=True), mean_free=True)
         return Signal(gram, samples)
 
     def decide(self, study: Study) -> Plan:
@@ -247,6 +250,8 @@ class _Rotations(Mapping[str, Tensor]):
     def _rotation(self, name: str, before: Tensor | None) -> Tensor:
         signal, count = self._method.signal(self._study, name), self._after.directions(name)
         directions = self._method.basis_of(signal, count, self._study.generator)
+        if signal.mean_free:
+            directions = in_hyperplane(directions, signal.gram)
         return directions.contiguous() if before is None else triangular(directions, before)
 
     def __iter__(self) -> Iterator[str]:
@@ -254,6 +259,25 @@ class _Rotations(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def in_hyperplane(directions: Tensor, gram: Tensor) -> Tensor:
+    """As many directions without a mean, for norms that take it away: these centred, the rest principal ones.
+
+    Args:
+        directions: [width, count] orthonormal columns.
+        gram: of the centred signal.
+    """
+    means = directions.mean(0)
+    if means.abs().max() < _NO_MEAN:
+        return directions
+    left, values, _ = torch.linalg.svd(directions - means, full_matrices=False)
+    found: Tensor = left[:, values > 1e-9]
+    if missing := directions.shape[1] - found.shape[1]:
+        others = torch.eye(len(gram), dtype=gram.dtype) - found @ found.t()
+        rest = torch.linalg.eigh(others @ gram @ others).eigenvectors.flip(1)[:, :missing]
+        found = torch.cat([found, rest], dim=1)
+    return found
 
 
 def _floored(width: float) -> int:
