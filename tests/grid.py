@@ -73,6 +73,8 @@ METHODS: dict[str, Row] = {
         not_native="stock classes have no place for selections that differ",
     ),
 }
+ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
+ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
 RATIOS = {"kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
@@ -126,7 +128,10 @@ class Cell:
         row = METHODS.get(self.method, Row())
         if row.not_native and self.layout == "native":
             return row.not_native
-        return "; ".join(limits.reasons(self.family, self.kind, self.layout))
+        reasons = limits.reasons(self.family, self.kind, self.layout)
+        if self.method == "dynamic_slicing" and self.family.startswith(ROUTED):
+            reasons = (*reasons, ROUTED_STREAM)
+        return "; ".join(reasons)
 
 
 def rows(method: str, full: bool) -> list[Options]:

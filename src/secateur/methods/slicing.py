@@ -20,6 +20,7 @@ from secateur.budgets.schedule import redundancy, slices
 from secateur.cuts.stream import SHARED, interfaces, sliced, triangular
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
+from secateur.families.limits import problems
 from secateur.methods.base import Fraction, Method, Study, keep_best
 from secateur.methods.charts import spectrum_charts
 from secateur.plans import Plan
@@ -27,6 +28,7 @@ from secateur.spaces import BlockView, Kind
 
 _ROUNDING = 8  # the published code floors the width to a multiple of it
 _NO_MEAN = 1e-8  # of an entry of a unit vector
+_PER_LAYER: Layout = "per-layer"
 _OTHER = "--layout per-layer"
 _ENOUGH = 4096  # sampled rows for a basis that serves all norms
 
@@ -111,7 +113,6 @@ class Slicing(Method):
         if self.schedule == "constant":
             return self.sizes(budget)
         base, full, weights = self.base_sizes(budget), budget.sizes.residual, self.layer_weights(study)
-        budget.reachable("residual", base)  # refuses what the layout cannot hold
 
         def at(mean: float) -> Sizes:
             start = self.base if self.base is not None else (1 - self.amount) * mean
@@ -172,8 +173,19 @@ class Slicing(Method):
         base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
         return replace(base, shortcuts=base.shortcuts or self.rotation == "each")
 
+    def _require_schedule(self, budget: Budget, base: Sizes) -> None:
+        """Refuse widths that differ where a block cannot read or write a part of the stream."""
+        full = budget.sizes.residual - base.mean_free
+        uneven = {name: full - index % 2 for index, name in enumerate(interfaces(budget.architecture))}
+        reasons = problems(budget.architecture, sliced(budget.architecture, base, uneven), budget.itemsize, _PER_LAYER)
+        if reasons:
+            asked = f"{self.name} with schedule={self.schedule}"
+            refuse("not-exact", asked, "; ".join(reasons), "--set schedule=constant")
+
     def sizes(self, budget: Budget) -> Sizes:
         base = self.base_sizes(budget)
+        if self.schedule != "constant":
+            self._require_schedule(budget, base)
         if self.sparsity is None:
             return budget.solve("residual", base)
         return budget.at("residual", _floored((1 - self.sparsity) * budget.sizes.residual), base)
