@@ -17,6 +17,7 @@ from torch import Tensor
 
 from secateur.budgets import Budget
 from secateur.budgets.schedule import redundancy, slices
+from secateur.cuts.gauge import estimate_savings
 from secateur.cuts.stream import SHARED, interfaces, sliced, triangular
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
@@ -222,9 +223,12 @@ class Slicing(Method):
 
     def decide(self, study: Study) -> Plan:
         budget, after = study.budget, self.widths(study)
-        if self.rotation == "each":
-            return Plan(budget.sizes, after, bases=_Rotations(self, study, after))
         count = after.residual - after.mean_free
+        if self.rotation == "each":
+            savings = estimate_savings(budget.architecture, after)
+            numbers = {f"{key}_shortcut_numbers": savings[key] for key in ("square", "stored", "saved")}
+            turned = _Rotations(self, study, after)
+            return Plan(budget.sizes, after, bases=turned, notes=numbers, charts=spectrum_charts(turned.mean(), count))
         signal = self.signal(study, "stream")
         gram = signal.gram
         if self._selects(budget):
@@ -258,6 +262,14 @@ class _Rotations(Mapping[str, Tensor]):
             before = self[self._names[index - 1]] if index else None
             self._last = (name, self._rotation(name, before))
         return self._last[1]
+
+    def mean(self) -> Tensor:
+        """Gram of all interfaces together, each weighed as where one rotation is shared: what the report draws."""
+        total = torch.zeros(())
+        for name in self._names:
+            gram = self._method.signal(self._study, name).gram
+            total = total + gram * self._method.interface_weight(gram) / len(self._names)
+        return total
 
     def _rotation(self, name: str, before: Tensor | None) -> Tensor:
         signal, count = self._method.signal(self._study, name), self._after.directions(name)
