@@ -37,7 +37,8 @@ class GatedNetwork:
         device = next(self.model.parameters()).device
         ids = ids.to(device)
         logits = self.model(input_ids=ids, use_cache=False).logits
-        return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return functional.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     @contextmanager
     def open(self) -> Iterator[None]:
