@@ -35,6 +35,7 @@ class DispLlm(Method, LearningOptions):
     paper = "arXiv:2410.11988"
     data = "text"
     output = "dense-per-layer"
+    seeded = True
 
     constrained: Literal["none", "same", "structural"] = Field(
         "none",
