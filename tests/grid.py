@@ -40,13 +40,14 @@ SELECTION, ROTATION = 1e-10, 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too.
+    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too, ``per_layer`` in that layout.
 
     ``not_native``: why the method has the per-layer layout only; every native cell is refused with it.
     """
 
     options: tuple[Options, ...] = ({},)
     more: tuple[Options, ...] = ()
+    per_layer: tuple[Options, ...] = ()
     not_native: str = ""
 
 
@@ -64,12 +65,23 @@ METHODS: dict[str, Row] = {
     "blockpruner": Row(),
     "llm_pruner": Row(({},), ({"taylor": "param_mix"}, {"iterative_steps": 2})),
     "adapt_pruner": Row(not_native="its sizes differ from block to block, and stock classes give all blocks one"),
+    "dotresize": Row(({}, {"spaces": "ffn"}), ({"cost": "squared"},), ({},)),
+    "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
+    "disp_llm": Row(
+        ({"mode": "fisher"},),
+        per_layer=({"steps": 8, "batch_tokens": 64},),
+        not_native="stock classes have no place for selections that differ",
+    ),
 }
+ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
+ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
 RATIOS = {"kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
 WIDE = ("llama", "gpt2", "mixtral")
 """Families that run every method in CI."""
+HOMES = (*WIDE, "opt", "qwen2", "qwen3", "gemma-one")
+"""Families that run every method in its per-layer form in CI."""
 FIRST = (
     "llama",
     "mistral",
@@ -116,7 +128,10 @@ class Cell:
         row = METHODS.get(self.method, Row())
         if row.not_native and self.layout == "native":
             return row.not_native
-        return "; ".join(limits.reasons(self.family, self.kind, self.layout))
+        reasons = limits.reasons(self.family, self.kind, self.layout)
+        if self.method == "dynamic_slicing" and self.family.startswith(ROUTED):
+            reasons = (*reasons, ROUTED_STREAM)
+        return "; ".join(reasons)
 
 
 def rows(method: str, full: bool) -> list[Options]:
@@ -141,7 +156,13 @@ def ci_cells() -> list[Cell]:
     possible = {cell for cell in every if not cell.refused}
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
     uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
-    return sorted(wide | possible | more | shared | rotated | uneven, key=str)
+    homes = {cell for f in HOMES for cell in per_layer_cells(f)}
+    return sorted(wide | possible | more | shared | rotated | uneven | homes, key=str)
+
+
+def per_layer_cells(family: str) -> list[Cell]:
+    """Methods that have a form of their own in the per-layer layout, in one family."""
+    return [Cell(family, m, _Frozen(o), "per-layer") for m, row in METHODS.items() for o in row.per_layer]
 
 
 _MORE = (
@@ -168,8 +189,9 @@ def family_cells() -> list[Cell]:
     ranked = [_Frozen(spaces=k, allocation="global") for k in ("ffn", "kv")]
     found += [Cell(f, "magnitude", o, "per-layer") for f in models.ALL for o in ranked]
     found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
-    others = [m for m in method_names() if m not in ("magnitude", "random")]
-    found += [Cell(f, m, _Frozen(), s) for f in models.ALL for m in others for s in layouts(m)]
+    found += [cell for f in models.ALL for cell in per_layer_cells(f) if not cell.options or f in HOMES]
+    others = {m: _Frozen(rows(m, False)[0]) for m in method_names() if m not in ("magnitude", "random")}
+    found += [Cell(f, m, o, s) for f in models.ALL for m, o in others.items() for s in layouts(m)]
     found += [Cell(f, m, _Frozen(), "per-layer") for f in models.ALL for m in ("llm_pruner", "blockpruner")]
     return found
 
@@ -259,7 +281,7 @@ def check_counts(result: PruneResult, output: Path) -> None:
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 repeated = name == "lm_head.weight" and model.config.tie_word_embeddings
-                buffer = name.endswith((".attn.bias", ".e_score_correction_bias"))
+                buffer = name.endswith((".attn.bias", ".e_score_correction_bias", "read_index", "write_index"))
                 on_disk += 0 if repeated or buffer else torch.Size(handle.get_slice(name).get_shape()).numel()
     assert result.achieved["params"] == on_disk
     assert result.achieved["bytes"] == sum(f.stat().st_size for f in output.glob("*.safetensors"))

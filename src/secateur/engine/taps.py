@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch.overrides import TorchFunctionMode
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.pairs import Pairs, head_inputs
 from secateur.errors import InternalError
-from secateur.evidence import Influence, Moments
+from secateur.evidence import Influence, Moments, Samples
 from secateur.families import Block, Packed
 
-STREAM, INFLUENCE, ENDS = "stream", "influence", "ends"
-_SECOND = ("gram", "moments")
+STREAM, SAMPLES, INFLUENCE, ENDS = "stream", "samples", "influence", "ends"
+Collector = Moments | Samples
+_OF_INPUTS = ("gram", "moments", "samples")
 
 
 class Taps:
@@ -25,8 +27,9 @@ class Taps:
 
     ``stream`` is the Gram of every norm's input, named by the norm's role; ``ROLE.gram`` and ``ROLE.moments`` are
     taken from the inputs of a role's matrix (``down.gram``, or ``experts.E.down.gram`` of every expert, see
-    :class:`secateur.evidence.Moments` for the names); ``influence`` compares what enters and leaves the block; ``ends``
-    is what enters it at the last token of every window, [windows, width];
+    :class:`secateur.evidence.Moments` for the names); ``samples`` and ``ROLE.samples`` are rows of the same signals
+    (:class:`secateur.evidence.Samples`); ``influence`` compares what enters and leaves the block; ``ends`` is what
+    enters it at the last token of every window, [windows, width];
     ``ROLE.cross`` and ``ROLE.target`` hold the dense model against it (:class:`secateur.engine.pairs.Pairs`).
 
     Args:
@@ -39,22 +42,25 @@ class Taps:
         self._runner, self._block, self._architecture = runner, block, runner.architecture
         self._influence = Influence() if INFLUENCE in wanted and block is not None else None
         self._ends: list[Tensor] | None = [] if ENDS in wanted and block is not None else None
-        self._norms: dict[str, Moments] = {}
-        self._inputs: dict[str, Moments] = {}
+        self._at_norms: dict[str, list[Collector]] = {}
+        self._inputs: dict[str, list[Collector]] = {}
         self._stacked: dict[str, Packed] = {}
         self._modules: dict[str, nn.Module] = {}
         self.pairs = Pairs(runner, block, wanted)
-        if STREAM in wanted:
-            for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
-                self._norms[role] = Moments(self._architecture.sizes.residual, runner.device)
+        for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
+            grams = [Moments(self._architecture.sizes.residual, runner.device)] if STREAM in wanted else []
+            self._at_norms[role] = [*grams, *([Samples()] if SAMPLES in wanted else [])]
         for name in sorted(wanted):
             role, _, kind = name.rpartition(".")
-            if kind in _SECOND:
-                self._tap_inputs(role, kind == "gram")
+            if role and kind in _OF_INPUTS:
+                self._tap_inputs(role, kind)
 
-    def _tap_inputs(self, role: str, gram: bool) -> None:
+    def _collector(self, width: int, kind: str) -> Collector:
+        return Samples() if kind == "samples" else Moments(width, self._runner.device, kind == "gram")
+
+    def _tap_inputs(self, role: str, kind: str) -> None:
         if self._block is None and role == "head":  # also one that is tied, which is no tensor of its own
-            self._inputs[role] = Moments(self._architecture.sizes.residual, self._runner.device, gram)
+            self._inputs.setdefault(role, []).append(self._collector(self._architecture.sizes.residual, kind))
             return
         for packed in self._architecture.packed_of(self._block):
             for canonical in packed.canonical:
@@ -63,24 +69,27 @@ class Taps:
                     continue
                 key = role if tensor.expert is None else f"experts.{tensor.expert}.{role}"
                 width = self._architecture.shapes[canonical][1]
-                self._inputs[key] = Moments(width, self._runner.device, gram)
+                self._inputs.setdefault(key, []).append(self._collector(width, kind))
                 if packed.stacked:
                     self._stacked[role] = packed
                 else:
                     self._modules[key] = self._runner.model.get_submodule(packed.name.rpartition(".")[0])
 
     @property
-    def collectors(self) -> list[Moments | Pairs]:
-        return [*self._norms.values(), *self._inputs.values(), self.pairs]
+    def collectors(self) -> list[Collector | Pairs]:
+        return [*chain.from_iterable((*self._at_norms.values(), *self._inputs.values())), self.pairs]
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Gather from every call of the block inside."""
         with ExitStack() as stack:
-            for role, moments in self._norms.items():
-                stack.enter_context(_fed(self._runner.norm_on_stream(role, self._block), moments.add))
+            for role, collectors in self._at_norms.items():
+                norm = self._runner.norm_on_stream(role, self._block)
+                for collector in collectors:
+                    stack.enter_context(_fed(norm, collector.add))
             for key, module in self._modules.items():
-                stack.enter_context(_fed(module, self._inputs[key].add))
+                for collector in self._inputs[key]:
+                    stack.enter_context(_fed(module, collector.add))
             if self._stacked:
                 stack.enter_context(self._runner.experts_one_by_one())
                 places = {role: self._parameter(packed) for role, packed in self._stacked.items()}
@@ -92,10 +101,10 @@ class Taps:
 
     def see_stem(self, signal: Tensor, dense: tuple[BlockRunner, Tensor] | None) -> None:
         """Take note of what the last block gives, to the final norm and to the head."""
-        if "final_norm" in self._norms:
-            self._norms["final_norm"].add(signal)
-        if "head" in self._inputs:
-            self._inputs["head"].add(head_inputs(self._runner, signal))
+        for collector in self._at_norms["final_norm"]:
+            collector.add(signal)
+        for collector in self._inputs.get("head", ()):
+            collector.add(head_inputs(self._runner, signal))
         if dense is not None and self.pairs.wanted:
             self.pairs.see_head(head_inputs(*dense), head_inputs(self._runner, signal))
             self.pairs.add()
@@ -114,9 +123,13 @@ class Taps:
 
     def evidence(self) -> dict[str, Tensor]:
         """Everything gathered, by name."""
-        found = {role: moments.second for role, moments in self._norms.items()}
-        for key, moments in self._inputs.items():
-            found.update(moments.named(key))
+        found: dict[str, Tensor] = {}
+        for role, collectors in self._at_norms.items():
+            for collector in collectors:
+                found.update({role: collector.second} if isinstance(collector, Moments) else collector.named(role))
+        for key, collectors in self._inputs.items():
+            for collector in collectors:
+                found.update(collector.named(key))
         found.update(self.pairs.evidence())
         if self._influence is not None:
             found.update(self._influence.named())
@@ -140,7 +153,7 @@ def _fed(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
 class _Experts(TorchFunctionMode):
     """Sees the products with one expert's slice of a stacked parameter, where no module stands to be hooked."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], inputs: Mapping[str, Moments]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], inputs: Mapping[str, list[Collector]]) -> None:
         super().__init__()
         self._places = {p.untyped_storage().data_ptr(): (role, p) for role, p in parameters.items()}
         self._inputs = inputs
@@ -155,7 +168,8 @@ class _Experts(TorchFunctionMode):
             if found is not None and weight.ndim == 2:
                 role, parameter = found
                 expert = weight.storage_offset() // parameter.stride(0)
-                self._inputs[f"experts.{expert}.{role}"].add(args[0])
+                for collector in self._inputs[f"experts.{expert}.{role}"]:
+                    collector.add(args[0])
             elif found is not None:
                 raise InternalError("experts", f"the inputs of {found[0]}", "the experts do not run one by one")
         return func(*args, **(kwargs or {}))

@@ -1,5 +1,6 @@
 """Statistics gathered by running calibration data through the network."""
 
 from secateur.evidence.moments import CrossMoments, Influence, Moments
+from secateur.evidence.samples import Samples
 
-__all__ = ["CrossMoments", "Influence", "Moments"]
+__all__ = ["CrossMoments", "Influence", "Moments", "Samples"]
