@@ -40,7 +40,7 @@ SELECTION, ROTATION = 1e-10, 1e-5
 
 @dataclass(frozen=True)
 class Row:
-    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too.
+    """How the grid runs a method: ``options`` in CI, ``more`` in the full grid too, ``per_layer`` in that layout.
 
     ``not_native``: why the method has the per-layer layout only; every native cell is refused with it.
     """
@@ -48,6 +48,7 @@ class Row:
     options: tuple[Options, ...] = ({},)
     more: tuple[Options, ...] = ()
     not_native: str = ""
+    per_layer: tuple[Options, ...] = ()
 
 
 _SPACES = tuple({"spaces": kind} for kind in SPACES)
@@ -59,7 +60,10 @@ METHODS: dict[str, Row] = {
     "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
-    "fasp": Row(({},), ({"metric": "obs"}, {"restore": False})),
+    "cfsp": Row(({},), ({"fine": "matrix"}, {"fine": "activation"}), per_layer=({},)),
+    "fasp": Row(({},), ({"metric": "obs"}, {"restore": False}), per_layer=({"targets": "ffn+vo"},)),
+    "flap": Row(({},), ({"metric": "wifn"}, {"bias": False}), per_layer=({}, {"structure": "al-mm", "heads": 0.3})),
+    "modegpt": Row(per_layer=({}, {"modules": "ffn+vo", "sequential": True})),
     "shortgpt": Row(({}, {"contiguous": True}), ({"metric": "angular"}, {"metric": "relative"})),
     "blockpruner": Row(),
     "llm_pruner": Row(({},), ({"taylor": "param_mix"}, {"iterative_steps": 2})),
@@ -70,6 +74,8 @@ _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
 WIDE = ("llama", "gpt2", "mixtral")
 """Families that run every method in CI."""
+HOMES = (*WIDE, "opt", "qwen2", "qwen3", "gemma-one")
+"""Families that run every method in its per-layer form in CI."""
 FIRST = (
     "llama",
     "mistral",
@@ -140,8 +146,15 @@ def ci_cells() -> list[Cell]:
     shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
     possible = {cell for cell in every if not cell.refused}
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
+    homes = {cell for f in HOMES for cell in per_layer_cells(f)}
+    homes |= {Cell("deepseek_v3", m, _Frozen(), "per-layer") for m in ("modegpt", "flap")}
     uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
-    return sorted(wide | possible | more | shared | rotated | uneven, key=str)
+    return sorted(wide | possible | more | shared | rotated | uneven | homes, key=str)
+
+
+def per_layer_cells(family: str) -> list[Cell]:
+    """Methods that have a form of their own in the per-layer layout, in one family."""
+    return [Cell(family, m, _Frozen(o), "per-layer") for m, row in METHODS.items() for o in row.per_layer]
 
 
 _MORE = (
@@ -168,6 +181,7 @@ def family_cells() -> list[Cell]:
     ranked = [_Frozen(spaces=k, allocation="global") for k in ("ffn", "kv")]
     found += [Cell(f, "magnitude", o, "per-layer") for f in models.ALL for o in ranked]
     found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
+    found += [cell for f in models.ALL for cell in per_layer_cells(f) if not cell.options or f in HOMES]
     others = [m for m in method_names() if m not in ("magnitude", "random")]
     found += [Cell(f, m, _Frozen(), s) for f in models.ALL for m in others for s in layouts(m)]
     found += [Cell(f, m, _Frozen(), "per-layer") for f in models.ALL for m in ("llm_pruner", "blockpruner")]
@@ -259,7 +273,7 @@ def check_counts(result: PruneResult, output: Path) -> None:
         with safe_open(file, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 repeated = name == "lm_head.weight" and model.config.tie_word_embeddings
-                buffer = name.endswith((".attn.bias", ".e_score_correction_bias"))
+                buffer = name.endswith((".attn.bias", ".e_score_correction_bias", "read_index", "write_index"))
                 on_disk += 0 if repeated or buffer else torch.Size(handle.get_slice(name).get_shape()).numel()
     assert result.achieved["params"] == on_disk
     assert result.achieved["bytes"] == sum(f.stat().st_size for f in output.glob("*.safetensors"))
