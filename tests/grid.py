@@ -60,7 +60,11 @@ METHODS: dict[str, Row] = {
     "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
-    "fasp": Row(({},), ({"metric": "obs"}, {"restore": False})),
+    "cfsp": Row(({},), ({"fine": "matrix"}, {"fine": "activation"}), per_layer=({},)),
+    "joint": Row(({},), ({"passes": 2},), per_layer=({},)),
+    "fasp": Row(({},), ({"metric": "obs"}, {"restore": False}), per_layer=({"targets": "ffn+vo"},)),
+    "flap": Row(({},), ({"metric": "wifn"}, {"bias": False}), per_layer=({}, {"structure": "al-mm", "heads": 0.3})),
+    "modegpt": Row(per_layer=({}, {"modules": "ffn+vo", "sequential": True})),
     "shortgpt": Row(({}, {"contiguous": True}), ({"metric": "angular"}, {"metric": "relative"})),
     "blockpruner": Row(),
     "llm_pruner": Row(({},), ({"taylor": "param_mix"}, {"iterative_steps": 2})),
@@ -155,8 +159,9 @@ def ci_cells() -> list[Cell]:
     shared = {Cell(f, "slicegpt", _Frozen({"tie": "keep"})) for f in ("llama-tied", "qwen2-full")}
     possible = {cell for cell in every if not cell.refused}
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
-    uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
     homes = {cell for f in HOMES for cell in per_layer_cells(f)}
+    homes |= {Cell("deepseek_v3", m, _Frozen(), "per-layer") for m in ("modegpt", "flap")}
+    uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
     return sorted(wide | possible | more | shared | rotated | uneven | homes, key=str)
 
 

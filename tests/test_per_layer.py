@@ -19,7 +19,7 @@ import masking
 import models
 import secateur
 from conftest import Checkpoints
-from secateur.budgets.ranking import GlobalRanking
+from secateur.budgets.ranking import GlobalRanking, relative
 from secateur.errors import RequestError
 from secateur.families import BlockSizes, Sizes
 from secateur.families.modeling_secateur import change_of_basis
@@ -190,7 +190,7 @@ def test_ranking_keeps_the_best_units(data: st.DataObject, grain: int) -> None:
     sizes = Sizes(16, 4, 10, 0, 0, False, tuple(BlockSizes(w, 2) for w in widths))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     scores = {f"blocks.{i}.ffn": torch.rand(w, generator=generator) + 0.01 for i, w in enumerate(widths)}
-    ranking = GlobalRanking(sizes, "ffn", scores, grain)
+    ranking = GlobalRanking(sizes, {"ffn": relative(scores)}, {"ffn": grain})
     ordered = sorted(
         ((float(value / score.mean()), i) for i, score in enumerate(scores.values()) for value in score), reverse=True
     )

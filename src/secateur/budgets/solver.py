@@ -151,12 +151,15 @@ class Budget:
         step = self.step(kind)
         return full if wanted >= full else min(full, max(step, round(wanted / step) * step))
 
-    def solve_ranked(self, kind: Kind, scores: Mapping[str, Tensor], keep: float | None = None) -> Sizes:
-        """Sizes of every block from one ranking of all units of a kind, nearest to the target.
+    def solve_ranked(
+        self, scores: Mapping[Kind, Mapping[str, Tensor]], keep: float | None = None, base: Sizes | None = None
+    ) -> Sizes:
+        """Sizes of every block from one ranking of all units of some kinds, nearest to the target.
 
         Args:
-            scores: one number per unit, by space.
+            scores: one number per unit, comparable over all of them, by space, by kind.
             keep: share of all units that stays, instead of the target.
+            base: sizes to start from.
 
         Raises:
             RequestError: as ``solve``, or in the native layout, which has one size for all blocks.
@@ -164,12 +167,15 @@ class Budget:
         if self.layout == "native":
             asked = "one ranking over all blocks in the native layout"
             refuse("not-native", asked, "stock classes give all blocks one size", "--layout per-layer")
-        self.reachable(kind, self.sizes)  # refuses what the layout cannot hold
-        multiple = self.step(kind)
-        candidates = GlobalRanking(self.sizes, kind, scores, multiple)
+        start = base or self.sizes
+        grains = {}
+        for kind in scores:
+            self.reachable(kind, start)  # refuses what the layout cannot hold
+            grains[kind] = self.step(kind)
+        candidates = GlobalRanking(start, scores, grains)
         if keep is not None:
             return candidates[int(keep * (len(candidates) - 1))]
-        solutions = [self._nearest(target, candidates, kind, kind) for target in self.targets]
+        solutions = [self._nearest(target, candidates, " and ".join(scores)) for target in self.targets]
         return min(solutions, key=self.costs.params)
 
     def _nearest(self, target: Target, candidates: Sequence[Sizes], what: str, kind: Kind | None = None) -> Sizes:

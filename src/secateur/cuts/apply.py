@@ -13,7 +13,7 @@ from secateur.families import Architecture, Block, CanonicalTensor, canonical_na
 from secateur.families.roles import NORMS, PORTS, dimensions_of, writes_stream
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.plans import Plan
-from secateur.spaces import space_name
+from secateur.spaces import columns_of_values, space_name
 
 HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
@@ -124,8 +124,7 @@ def _positions(
         narrowed = kept.get(f"{place_name(described.block)}.{field}")
         if narrowed is not None and axis == "heads" and described.block is not None:
             head, group = architecture.sizes.head, architecture.sizes.blocks[described.block].group
-            firsts = narrowed // head * group * head + narrowed % head  # of the first query head of each group
-            narrowed = (firsts[:, None] + head * torch.arange(group)).flatten().sort().values
+            narrowed = columns_of_values(narrowed, head, group)
     return units, narrowed
 
 

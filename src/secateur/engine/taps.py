@@ -22,6 +22,10 @@ Collector = Moments | Samples
 _OF_INPUTS = ("gram", "moments", "samples")
 
 
+class Enough(Exception):  # noqa: N818  (a signal, not an error)
+    """Raised where nothing that comes later in the block is looked at."""
+
+
 class Taps:
     """What a method's evidence asks for at one place, gathered while the block runs.
 
@@ -79,17 +83,27 @@ class Taps:
     def collectors(self) -> list[Collector | Pairs]:
         return [*chain.from_iterable((*self._at_norms.values(), *self._inputs.values())), self.pairs]
 
+    @property
+    def single(self) -> bool:
+        """Whether the inputs of one module are all that is looked at."""
+        return len(self._modules) == 1 and not (self._at_norms or self._stacked or self._influence or self.pairs.wanted)
+
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Gather from every call of the block inside."""
+    def open(self, stop: bool = False) -> Iterator[None]:
+        """Gather from every call of the block inside.
+
+        Args:
+            stop: raise ``Enough`` at the module of a single tap.
+        """
         with ExitStack() as stack:
             for role, collectors in self._at_norms.items():
                 norm = self._runner.norm_on_stream(role, self._block)
                 for collector in collectors:
                     stack.enter_context(_fed(norm, collector.add))
             for key, module in self._modules.items():
-                for collector in self._inputs[key]:
+                for collector in self._inputs[key][:-1]:
                     stack.enter_context(_fed(module, collector.add))
+                stack.enter_context(_fed(module, self._inputs[key][-1].add, stop))
             if self._stacked:
                 stack.enter_context(self._runner.experts_one_by_one())
                 places = {role: self._parameter(packed) for role, packed in self._stacked.items()}
@@ -139,9 +153,11 @@ class Taps:
 
 
 @contextmanager
-def _fed(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+def _fed(module: nn.Module, take: Callable[[Tensor], None], stop: bool = False) -> Iterator[None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         take(inputs[0])
+        if stop:
+            raise Enough
 
     handle = module.register_forward_pre_hook(hook)
     try:

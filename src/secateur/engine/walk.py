@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.engine.activations import Activations
 from secateur.engine.blocks import BlockRunner
-from secateur.engine.taps import Taps
+from secateur.engine.taps import Enough, Taps
 from secateur.errors import refuse
 
 _SAVE_EVERY = 60.0  # seconds of work between two copies of the activations
@@ -59,7 +59,7 @@ class Walk:
                     walk.block = 0
 
     def run(self, tensors: Mapping[str, Tensor], taps: Taps | None = None, advance: bool = True) -> None:
-        """Run the present block with ``tensors`` on all windows.
+        """Run the present block with ``tensors`` on all windows; where the signal stays, as far as is looked at.
 
         Args:
             tensors: canonical tensors of the block.
@@ -70,8 +70,13 @@ class Walk:
         self.runner.load(self.block, tensors)
         if beside is not None:
             beside.runner.load(self.block, beside.checkpoint.read(self.block))
+        stops = not advance and beside is None and taps is not None and taps.single
         for shard in self.activations.shards:
             for batch in shard:
+                if stops and taps is not None:
+                    with suppress(Enough), taps.open(stop=True):
+                        self.run_batch(batch)
+                    continue
                 outputs: list[tuple[Walk, Tensor]] = []
                 if beside is not None:
                     with nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True):

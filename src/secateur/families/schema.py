@@ -112,6 +112,7 @@ class Family(_Part):
         norm_offset: what the stock class adds to a norm's weight before it multiplies with it.
         scaled_embedding: whether the stock class multiplies token embeddings by the root of the stream's width.
         parallel: when attention and FFN of a block read the same stream and add to it together (``{}``: always).
+        rotation: which dimensions of a head rotary positions turn together: of its two halves, or neighbours.
         transposed: whether the blocks' matrices are stored [in, out].
         stem, block: what each module holds.
         disk: names on disk that differ, of a module or of one parameter, or of the pieces of one for every expert.
@@ -137,6 +138,7 @@ class Family(_Part):
     scaled_embedding: bool = False
     parallel: When | None = None
     transposed: bool = False
+    rotation: Literal["halves", "neighbours"] = "halves"
     stem: Table
     block: Table
     disk: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)

@@ -54,3 +54,20 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = DAMPING, 
         missing = cross.to(gram)[:, kept] - wide[:, kept] @ part
     result[:, kept] = wide[:, kept] + torch.cholesky_solve(missing.t(), factor).t()
     return result
+
+
+def centred(gram: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    """Sum of products of deviations from the mean: G - n m m^T, from G, the sum of the signal [n] and its count."""
+    return gram - torch.outer(first, first) / count.clamp(min=1)
+
+
+def absorb(bias: Tensor | None, weight: Tensor, mean: Tensor) -> Tensor:
+    """A bias that takes over what a matrix makes of a constant signal: b + W m (FLAP, arXiv:2312.11983, sec. 3.3).
+
+    Args:
+        bias: b, [out]; None for none.
+        weight: W, [out, n], what no longer reads the signal, or the old matrix less the new.
+        mean: m, [n].
+    """
+    moved = weight.to(mean) @ mean
+    return moved if bias is None else bias.to(moved) + moved

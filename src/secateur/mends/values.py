@@ -28,7 +28,7 @@ class ValueBasis:
     costs: Tensor
 
 
-def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tensor) -> ValueBasis:
+def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tensor | None = None) -> ValueBasis:
     """The basis of one key/value group, for all its query heads together.
 
     With G the sum of the heads' Grams, M that of W^T F W and G = R R^T, the eigenvectors U of R^T M R give
@@ -38,12 +38,12 @@ def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tens
     Args:
         readers: W of every query head, [out, h].
         grams: mean over tokens of the products of every query head's values, [h, h] float64.
-        metric: F, [out, out].
+        metric: F, [out, out]; None: every output counts the same.
     """
-    wide = [reader.to(metric) for reader in readers]
     total = torch.stack(list(grams)).sum(0)
+    wide = [reader.to(total) for reader in readers]
     factor, _ = ridge_factor(total, _DAMPING)
-    weighed = torch.stack([reader.t() @ metric @ reader for reader in wide]).sum(0)
+    weighed = torch.stack([reader.t() @ _weighed(reader, metric) for reader in wide]).sum(0)
     _, vectors = torch.linalg.eigh(factor.t() @ weighed @ factor)
     vectors = vectors.flip(1)
     restore = factor @ vectors
@@ -51,6 +51,10 @@ def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tens
     each = torch.zeros(len(total), dtype=torch.float64, device=total.device)
     for reader, gram in zip(wide, grams, strict=True):
         written = reader @ restore
-        each += (written * (metric @ written)).sum(0) * (reduce * (reduce @ gram)).sum(1) / 2
+        each += (written * _weighed(written, metric)).sum(0) * (reduce * (reduce @ gram)).sum(1) / 2
     costs = torch.cat([each.new_zeros(1), each.flip(0).cumsum(0)])
     return ValueBasis(reduce, restore, costs)
+
+
+def _weighed(outputs: Tensor, metric: Tensor | None) -> Tensor:
+    return outputs if metric is None else metric @ outputs

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.budgets import Budget
+from secateur.budgets.ranking import relative
 from secateur.cuts.stream import SHARED
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes
@@ -57,7 +58,7 @@ class Selection(Method):
         scores = {space.name: self.unit_scores(study, space) for space in spaces}
         if self.allocation == "global":
             keep = None if self.sparsity is None else 1 - self.sparsity
-            after = study.budget.solve_ranked(self.cuts, scores, keep)
+            after = study.budget.solve_ranked({self.cuts: relative(scores)}, keep)
         else:
             after = self.sizes(study.budget)
         kept = {}

@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from secateur.families import Architecture, Block, CanonicalTensor, Expert, Kind, Sizes, canonical_name
 from secateur.families.roles import TABLES
 from secateur.families.sizes import KINDS_OF_AXIS
 
-__all__ = ["KINDS", "BlockView", "Kind", "Member", "Space", "all_spaces", "space_name", "spaces_of"]
+__all__ = [
+    "KINDS",
+    "BlockView",
+    "Kind",
+    "Member",
+    "Space",
+    "all_spaces",
+    "columns_of_values",
+    "space_name",
+    "spaces_of",
+]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -75,6 +86,18 @@ def all_spaces(sizes: Sizes, kind: Kind) -> list[Space]:
     if kind in ("residual", "blocks"):
         return spaces_of(sizes, kind)
     return [space for place in range(len(sizes.blocks)) for space in spaces_of(sizes, kind, place)]
+
+
+def columns_of_values(positions: Tensor, head: int, group: int) -> Tensor:
+    """Columns of ``out``, ascending, that read some rows of ``v``: each is read once by every query head of its group.
+
+    Args:
+        positions: rows of ``v``.
+        head: dimensions of a head.
+        group: query heads of a group.
+    """
+    firsts = positions // head * group * head + positions % head  # of the first query head of each group
+    return (firsts[:, None] + head * torch.arange(group)).flatten().sort().values
 
 
 @dataclass(frozen=True)
