@@ -28,13 +28,20 @@ class Allocation:
         layered: whether blocks may differ.
         values: whether value heads may lose dimensions.
         branches: whether whole branches may go.
+        base: sizes to start from, with a narrower stream; the dense ones when omitted.
     """
 
     def __init__(
-        self, budget: Budget, curves: Mapping[str, Tensor], layered: bool, values: bool, branches: bool
+        self,
+        budget: Budget,
+        curves: Mapping[str, Tensor],
+        layered: bool,
+        values: bool,
+        branches: bool,
+        base: Sizes | None = None,
     ) -> None:
-        self.budget, self.curves, self.layered = budget, curves, layered
-        sizes, architecture = budget.sizes, budget.architecture
+        self.budget, self.curves, self.layered, self.base = budget, curves, layered, base or budget.sizes
+        sizes, architecture = self.base, budget.architecture
         layout = budget.layout
         self._cuts_kv = not refusals(architecture, "kv", layout)
         self._step = budget.step("ffn")
@@ -43,7 +50,7 @@ class Allocation:
 
     def _admits(self, **change: Any) -> bool:
         """Whether the layout takes a change of one block."""
-        sizes = self.budget.sizes
+        sizes = self.base
         blocks = (replace(sizes.blocks[0], **change), *sizes.blocks[1:])
         return not problems(
             self.budget.architecture, replace(sizes, blocks=blocks), self.budget.itemsize, self.budget.layout
@@ -55,13 +62,12 @@ class Allocation:
         if part == 1:
             return final
         costs = self.budget.costs
-        dense = costs.params(self.budget.sizes)
-        return self._saving(part * (dense - costs.params(final)))
+        return self._saving(part * (costs.params(self.base) - costs.params(final)))
 
     def predicted(self, sizes: Sizes) -> float:
         """What the curves say that sizes lose, in nats per token."""
         total = 0.0
-        for index, (before, after) in enumerate(zip(self.budget.sizes.blocks, sizes.blocks, strict=False)):
+        for index, (before, after) in enumerate(zip(self.base.blocks, sizes.blocks, strict=False)):
             total += float(self.curves[f"ffn.{index}"][before.ffn - after.ffn])
             total += self._attention_cost(index, before, after.kv, after.value)
         return total
@@ -71,7 +77,7 @@ class Allocation:
             return 0.0
         lost = float(self.curves[f"kv.{index}"][before.kv - kv])
         if value:
-            lost += float(self.curves[f"value.{index}"][self.budget.sizes.head - value]) * kv
+            lost += float(self.curves[f"value.{index}"][self.base.head - value]) * kv
         return lost
 
     def _at(self, share: float) -> Sizes:
@@ -85,9 +91,9 @@ class Allocation:
     @cached_property
     def _options(self) -> list[list[tuple[int, int]]]:
         """(groups, value dimensions) that the attention of each block may keep, all of them first."""
-        head = self.budget.sizes.head
+        head = self.base.head
         found = []
-        for index, block in enumerate(self.budget.sizes.blocks):
+        for index, block in enumerate(self.base.blocks):
             groups = range(block.kv, 0, -1) if f"kv.{index}" in self.curves and self._cuts_kv else [block.kv]
             step = max(1, head // _VALUE_STEPS)
             narrow = [0, *range(head - step, 0, -step)] if self._values and f"value.{index}" in self.curves else [0]
@@ -97,14 +103,14 @@ class Allocation:
         return found
 
     def _admits_gone(self, index: int) -> bool:
-        sizes = self.budget.sizes
+        sizes = self.base
         blocks = tuple(replace(b, kv=0) if i == index else b for i, b in enumerate(sizes.blocks))
         gone = replace(sizes, blocks=blocks)
         return not problems(self.budget.architecture, gone, self.budget.itemsize, self.budget.layout)
 
     def _saved(self, index: int, **change: Any) -> int:
         """Parameters that a change of one block saves."""
-        sizes, costs = self.budget.sizes, self.budget.costs
+        sizes, costs = self.base, self.budget.costs
         blocks = tuple(replace(b, **change) if i == index else b for i, b in enumerate(sizes.blocks))
         return costs.params(sizes) - costs.params(replace(sizes, blocks=blocks))
 
@@ -112,7 +118,7 @@ class Allocation:
     def _tables(self) -> list[Table]:
         """Of every block, that of its FFN and that of its attention."""
         tables = []
-        for index, block in enumerate(self.budget.sizes.blocks):
+        for index, block in enumerate(self.base.blocks):
             saving = self._saved(index, ffn=block.ffn - 1)
             curve = self.curves[f"ffn.{index}"]
             tables.append(steps(curve[: len(curve) - self._step], self._step, saving))
@@ -125,17 +131,17 @@ class Allocation:
     def _each(self, need: float) -> Sizes:
         chosen = cheapest(self._tables, need)
         blocks = []
-        for index, block in enumerate(self.budget.sizes.blocks):
+        for index, block in enumerate(self.base.blocks):
             kv, value = self._options[index][chosen[2 * index + 1]]
             blocks.append(replace(block, ffn=block.ffn - self._step * chosen[2 * index], kv=kv, value=value))
-        return replace(self.budget.sizes, blocks=tuple(blocks))
+        return replace(self.base, blocks=tuple(blocks))
 
     # -- blocks that are all alike ---------------------------------------------------------------------------------
 
     def _uniform(self, need: float) -> Sizes:
         """The same sizes in every block: of every number of groups, the neurons take the rest."""
-        best, least = self.budget.sizes, float("inf")
-        sizes = self.budget.sizes
+        best, least = self.base, float("inf")
+        sizes = self.base
         for groups in range(sizes.size("kv"), 0, -1) if self._cuts_kv else [sizes.size("kv")]:
             base = sizes.resized("kv", groups) if groups < sizes.size("kv") else sizes
             found = self._filled(base, need)
@@ -146,7 +152,7 @@ class Allocation:
     def _filled(self, base: Sizes, need: float) -> Sizes | None:
         """The FFN width with which sizes save what is needed; None where none does."""
         costs, full = self.budget.costs, base.size("ffn")
-        dense = costs.params(self.budget.sizes)
+        dense = costs.params(self.base)
         rest = need - (dense - costs.params(base))
         saving = costs.params(base) - costs.params(base.resized("ffn", full - self._step))
         count = round(rest / saving)
@@ -158,7 +164,7 @@ class Allocation:
     @cached_property
     def _most(self) -> float:
         """The most parameters that can go."""
-        costs, sizes = self.budget.costs, self.budget.sizes
+        costs, sizes = self.budget.costs, self.base
         if self.layered:
             return float(sum(float(table.savings.max()) for table in self._tables))
         least = sizes.resized("ffn", self._step)

@@ -8,7 +8,10 @@ least squares on the signals behind the cuts before it, towards what the dense m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -16,11 +19,15 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from secateur.budgets import Budget
+from secateur.cuts.stream import SHARED
+from secateur.errors import RequestError
 from secateur.families import Layout, Sizes
+from secateur.families.roles import TABLES, writes_stream
 from secateur.mends import aim, refit
 from secateur.mends.values import ValueBasis, value_basis
 from secateur.methods.allocating import Allocation
 from secateur.methods.base import Method, Study
+from secateur.methods.narrowing import may_narrow, stream_curve, stream_summary, stream_widths
 from secateur.plans import Mend, Plan
 from secateur.scores.elimination import Elimination, eliminate
 from secateur.scores.ridge import ridge_factor
@@ -30,20 +37,31 @@ _READERS = (("q", "k", "v"), ("gate", "up"))
 _FISHER = {"out": "fisher.attention", "down": "fisher.ffn"}
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The stream that the other spaces are cut beside: its width, what it loses, its basis, the embedding in it."""
+
+    width: int
+    lost: float = 0.0
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
+    edits: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Joint(Method):
     """Choose between all spaces at once by what each costs the loss per parameter, and mend behind the cuts."""
 
     name = "joint"
     title = "Joint allocation over all spaces, mended behind the cuts"
     data = "text"
-    evidence = frozenset({"out.gram", "down.gram", "fisher"})
+    evidence = frozenset({"stream", "out.gram", "down.gram", "fisher"})
     order = "sequential"
 
     passes: int | None = Field(
         None, ge=1, le=4, description="rounds of statistics, allocation and cuts (default: 2 per-layer, 1 native)"
     )
     values: bool = Field(True, description="also drop dimensions of value heads (per-layer layout)")
-    branches: bool = Field(True, description="also drop whole attention and FFN branches (per-layer layout)")
+    branches: bool = Field(True, description="also drop whole attention branches (per-layer layout)")
+    stream: bool = Field(True, description="also narrow the residual stream (RMSNorm, and a head of its own)")
     damping: PositiveFloat = Field(1e-3, description="ridge of the least squares, over the Gram's mean diagonal")
     layered: bool = Field(False, description="set by the layout: blocks may differ in size")
 
@@ -75,9 +93,11 @@ class Joint(Method):
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What every space of a block loses with its size, in nats per token."""
+        narrows = self.stream and may_narrow(view.architecture, "per-layer" if self.layered else "native")
+        found = stream_summary(view, evidence) if narrows else {}
         if view.place is None:
-            return {}
-        found = {f"ffn.{view.place}": self._ffn_curve(view, evidence)}
+            return found
+        found[f"ffn.{view.place}"] = self._ffn_curve(view, evidence)
         attention = view.spaces("kv") and "fisher.attention" in evidence and "out.gram" in evidence
         if attention:
             (space,) = view.spaces("kv")
@@ -106,11 +126,41 @@ class Joint(Method):
     # -- allocation ------------------------------------------------------------------------------------------------
 
     def decide(self, study: Study) -> Plan:
-        curves = {name: next(iter(study.summaries[name])) for name in study.summaries}
+        names = [name for name in study.summaries if name.split(".")[0] in ("ffn", "kv", "value")]
+        curves = {name: next(iter(study.summaries[name])) for name in names}
         last = study.round == self.rounds - 1
-        allocation = Allocation(study.budget, curves, self.layered, self.values and last, self.branches)
+        make = partial(Allocation, study.budget, curves, self.layered, self.values and last, self.branches)
+        if study.previous is not None:
+            start = _Start(study.budget.sizes.residual, bases=study.previous.bases)
+            allocation = make(replace(study.budget.sizes, residual=study.previous.after.residual))
+        else:
+            start, allocation = self._narrowed(study, make)
         after = allocation.solve((study.round + 1) / self.rounds)
-        return Plan(study.budget.sizes, after, notes={"predicted_loss": round(allocation.predicted(after), 4)})
+        notes = {"predicted_loss": round(start.lost + allocation.predicted(after), 4)}
+        return Plan(study.budget.sizes, after, bases=start.bases, edits=start.edits, notes=notes)
+
+    def _narrowed(self, study: Study, make: Callable[[Sizes], Allocation]) -> tuple[_Start, Allocation]:
+        """Of all widths of the stream the one with which everything together is expected to lose least."""
+        sizes = study.budget.sizes
+        best, least = make(sizes), float("inf")
+        with suppress(RequestError):
+            least = best.predicted(best.solve(1))
+        if "stream" not in study.summaries:
+            return _Start(sizes.residual), best
+        directions, costs = stream_curve(study)
+        start = _Start(sizes.residual)
+        for narrow in stream_widths(study.budget):
+            found, cost = make(replace(sizes, residual=narrow)), float(costs[narrow])
+            with suppress(RequestError):  # the target lies elsewhere
+                expected = cost + found.predicted(found.solve(1))
+                if expected < least:
+                    best, least, start = found, expected, _Start(narrow, cost)
+        if start.width == sizes.residual:
+            return start, best
+        basis = directions[:, : start.width].contiguous()
+        tables = study.view(None, TABLES).tensors
+        projected = {name: table.double() @ basis @ basis.t() for name, table in tables.items()}
+        return replace(start, bases={SHARED: basis}, edits=projected), best
 
     # -- cut and mend ----------------------------------------------------------------------------------------------
 
@@ -119,7 +169,8 @@ class Joint(Method):
             return self._head(view, evidence)
         if stage in (0, 2):
             return self._readers(view, evidence, _READERS[stage // 2])
-        return self._attention(view, evidence, plan) if stage == 1 else self._ffn(view, evidence, plan)
+        made = self._attention(view, evidence, plan) if stage == 1 else self._ffn(view, evidence, plan)
+        return made if SHARED not in plan.bases else _projected(view, made, plan.bases[SHARED])
 
     def _readers(self, view: BlockView, evidence: Mapping[str, Tensor], roles: tuple[str, ...]) -> Mend:
         """Matrices that read the stream give on the cut stream what the dense ones gave on theirs."""
@@ -226,6 +277,16 @@ class Joint(Method):
         factor, ridge = ridge_factor(left, self.damping)
         found = torch.cholesky_solve((right + ridge * gains)[:, None], factor)[:, 0]
         return Mend(edits={"stem.final_norm.weight": found - offset})
+
+
+def _projected(view: BlockView, made: Mend, basis: Tensor) -> Mend:
+    """What writes the stream stays within the directions that survive."""
+    edits = dict(made.edits)
+    for name, tensor in view.tensors.items():
+        if writes_stream(view.architecture.tensors[name].role):
+            wide = edits.get(name, tensor).to(basis)
+            edits[name] = basis @ (basis.t() @ wide)
+    return Mend(made.kept, edits, made.scores)
 
 
 def _target(view: BlockView, evidence: Mapping[str, Tensor], key: str) -> Tensor | None:

@@ -1,0 +1,207 @@
+"""The kernels of joint against brute force, and its decisions on planted redundancy."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import grid
+import masking
+import models
+import secateur
+from conftest import Checkpoints
+from secateur.budgets.tradeoff import Table, cheapest, steps, total_cost
+from secateur.checkpoints import Checkpoint, Folder
+from secateur.engine.blocks import BlockRunner
+from secateur.engine.edited import EditedCheckpoint
+from secateur.engine.taps import Taps
+from secateur.engine.walk import Walk
+from secateur.mends import aim
+from secateur.mends.values import value_basis
+from secateur.scores.elimination import eliminate
+from zoo import Where
+
+DOUBLE = torch.float64
+
+
+def _problem(seed: int, width: int = 12, out: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, mean Gram and metric."""
+    generator = torch.Generator().manual_seed(seed)
+    signal = torch.randn(300, width, dtype=DOUBLE, generator=generator) @ torch.randn(
+        width, width, dtype=DOUBLE, generator=generator
+    )
+    root = torch.randn(out, out, dtype=DOUBLE, generator=generator)
+    return torch.randn(out, width, dtype=DOUBLE, generator=generator), signal.t() @ signal / 300, root @ root.t()
+
+
+def _loss(weight: Tensor, gram: Tensor, metric: Tensor, gone: list[int]) -> float:
+    """Half of tr(F E) when the others make up for columns that are gone, by least squares."""
+    kept = [i for i in range(len(gram)) if i not in gone]
+    best = weight[:, kept] + weight[:, gone] @ gram[gone][:, kept] @ torch.linalg.inv(gram[kept][:, kept])
+    error = weight.clone()
+    error[:, kept] -= best
+    return float(torch.trace(metric @ error @ gram @ error.t()) / 2)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_elimination_against_brute_force(seed: int, group: int) -> None:
+    """Every step removes the unit that is cheapest then, and the curve is the exact least-squares loss."""
+    weight, gram, metric = _problem(seed)
+    found = eliminate(weight, gram, metric, group, 1e-12)
+    units, gone = 12 // group, list[int]()
+    columns = lambda unit: list(range(unit * group, (unit + 1) * group))  # noqa: E731
+    for step in range(units - 1):
+        there = [unit for unit in range(units) if columns(unit)[0] not in gone]
+        losses = {unit: _loss(weight, gram, metric, gone + columns(unit)) for unit in there}
+        chosen = int(found.order[step])
+        assert losses[chosen] == pytest.approx(min(losses.values()), rel=1e-6)
+        assert float(found.costs[step + 1]) == pytest.approx(losses[chosen], rel=1e-6)
+        gone += columns(chosen)
+    assert sorted(found.order.tolist()) == list(range(units))
+    assert (found.costs.diff() >= -1e-9).all()
+    assert found.kept(2).tolist() == sorted(found.order[-2:].tolist())
+
+
+def test_silent_and_duplicate_columns_go_first_at_no_cost() -> None:
+    weight, gram, metric = _problem(3)
+    weight[:, 7] = 0
+    gram[:, 4], gram[4] = gram[:, 2], gram[2]
+    gram[4, 4] = gram[2, 2]
+    found = eliminate(weight, gram, metric, 1, 1e-10)
+    assert set(found.order[:2].tolist()) <= {7, 4, 2}
+    assert float(found.costs[2]) < 1e-6 * float(found.costs[-1])
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_tradeoff_of_convex_tables_is_the_best(data: st.DataObject) -> None:
+    """Against all combinations, where every step saves as much."""
+    tables = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        slopes = sorted(data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=5)))
+        tables.append(steps(torch.tensor([0.0, *torch.tensor(slopes).cumsum(0).tolist()], dtype=DOUBLE), 1, 1.0))
+    most = sum(len(table.costs) - 1 for table in tables)
+    need = data.draw(st.integers(0, most))
+    chosen = cheapest(tables, need)
+    assert sum(chosen) == need
+    every = product(*(range(len(table.costs)) for table in tables))
+    assert total_cost(tables, chosen) == min(total_cost(tables, pick) for pick in every if sum(pick) == need)
+
+
+def test_tradeoff_fills_up_beside_a_large_step() -> None:
+    """A choice that overshoots is left, and small steps elsewhere make up for it."""
+    large = Table(torch.tensor([0.0, 0.1], dtype=DOUBLE), torch.tensor([0.0, 100.0], dtype=DOUBLE))
+    small = steps(torch.arange(41, dtype=DOUBLE), 1, 1.0)
+    assert cheapest([large, small], 30) == [0, 30]
+    assert cheapest([large, small], 120) == [1, 20]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_value_basis_against_the_error_it_promises(heads: int) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    readers = [torch.randn(7, 6, dtype=DOUBLE, generator=generator) for _ in range(heads)]
+    signals = [torch.randn(200, 6, dtype=DOUBLE, generator=generator) for _ in range(heads)]
+    root = torch.randn(7, 7, dtype=DOUBLE, generator=generator)
+    metric = root @ root.t()
+    basis = value_basis(readers, [signal.t() @ signal / 200 for signal in signals], metric)
+    assert torch.allclose(basis.restore @ basis.reduce, torch.eye(6, dtype=DOUBLE), atol=1e-5)
+    last = torch.zeros(6, dtype=DOUBLE)
+    last[-1] = 1
+    dropped = basis.restore @ torch.diag(last) @ basis.reduce
+    errors = [reader @ dropped @ signal.t() for reader, signal in zip(readers, signals, strict=True)]
+    lost = sum(float(torch.trace(metric @ error @ error.t()) / 200 / 2) for error in errors)
+    assert float(basis.costs[1]) == pytest.approx(lost, rel=1e-4)
+    if heads == 1:  # the optimum: singular values of the product in both metrics
+        left, right = torch.linalg.cholesky(metric).t(), torch.linalg.cholesky(signals[0].t() @ signals[0] / 200)
+        values = torch.linalg.svdvals(left @ readers[0] @ right)
+        assert torch.allclose(basis.costs[1:], values.square().flip(0).cumsum(0) / 2, rtol=1e-4)
+
+
+def test_aim_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signal, wanted = (torch.randn(100, width, dtype=DOUBLE, generator=generator) for width in (8, 5))
+    weight, gram = torch.randn(5, 8, dtype=DOUBLE, generator=generator), signal.t() @ signal
+    ridge = (1e-2 * gram.diagonal().mean()).sqrt() * torch.eye(8, dtype=DOUBLE)
+    left, right = torch.cat([signal, ridge]), torch.cat([wanted, ridge @ weight.t()])
+    expected = torch.linalg.lstsq(left, right).solution.t()
+    assert torch.allclose(aim(weight, gram, wanted.t() @ signal, 1e-2), expected)
+
+
+def _noted(model: Any, where: Where, place: int, ids: Tensor) -> dict[str, Tensor]:
+    """Input of a block, and inputs and outputs (``y``) of the matrices that close its branches, tokens in rows."""
+    notes: dict[str, Tensor] = {}
+    block = model.get_submodule(where.blocks)[place]
+
+    def entered(_: Any, inputs: Any, named: Any) -> None:
+        notes["x"] = inputs[0] if inputs else named["hidden_states"]
+
+    block.register_forward_pre_hook(entered, with_kwargs=True)
+    for key, path in (("out", where.attention_out), ("down", where.ffn_reader)):
+
+        def passed(_: Any, inputs: Any, output: Any, key: str = key) -> None:
+            notes.update({key: inputs[0], f"{key}y": output})
+
+        block.get_submodule(path).register_forward_hook(passed)
+    masking.logits(model, ids)
+    return {key: value.flatten(0, -2) for key, value in notes.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pairs_compare_the_dense_model_with_the_cut_one(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Against hooks on two whole stock models, one of them edited in its first block."""
+    dense = Checkpoint(Folder(checkpoint(family, DOUBLE)))
+    name = "blocks.0.down.weight"
+    edits = {name: dense.read(0)[name] * 0.5}
+    ids, place = models.token_ids(), 1
+    runners = [BlockRunner(dense.architecture, DOUBLE, torch.device("cpu"), dense.rest()) for _ in range(2)]
+    beside = Walk(dense, runners[0], ids, tmp_path, "dense")
+    edited = EditedCheckpoint(dense, edits)
+    walk = Walk(edited, runners[1], ids, tmp_path, "cut", beside)
+    walk.run(edited.read(0))
+    taps = Taps(runners[1], place, {"q.cross", "out.target", "down.target"})
+    walk.run(edited.read(place), taps)
+    found, where, seen = taps.evidence(), models.ALL[family].where, []
+    state = {p.name: p.pack({**dense.read(0), **edits}) for p in dense.architecture.packed_of(0) if name in p.canonical}
+    for changes in ({}, state):
+        model = models.load(checkpoint(family, DOUBLE), dtype=DOUBLE)
+        masking.put(model, changes)
+        seen.append(_noted(model, where, place, ids))
+    one, other = seen
+    behind = one["x"] - other["x"]
+    assert torch.allclose(found["out.target"], (one["outy"] + behind).t() @ other["out"], rtol=1e-5, atol=1e-8)
+    behind = behind + one["outy"] - other["outy"]
+    assert torch.allclose(found["down.target"], (one["downy"] + behind).t() @ other["down"], rtol=1e-5, atol=1e-8)
+    assert found["q.cross"].shape == (one["x"].shape[1],) * 2
+
+
+def test_planted_redundancy_goes_first(notes: Path, tmp_path: Path) -> None:
+    """Silent neurons of one block are what a small budget takes, and the function stays."""
+    from safetensors.torch import load_file, save_file
+
+    model = models.save(tmp_path / "model", "llama", DOUBLE)
+    state = load_file(model / "model.safetensors")
+    down = next(name for name in state if name.endswith("layers.1.mlp.down_proj.weight"))
+    silent = list(range(0, state[down].shape[1], 2))
+    state[down][:, silent] = 0
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    request = {"method": "joint", "ratio": 0.03, "data": notes, "samples": 8, "length": 32, "layout": "per-layer"}
+    plan, _ = grid.plan_of(model, tmp_path / "out", **request)
+    before, after = ([(b.ffn, b.kv) for b in sizes.blocks] for sizes in (plan.before, plan.after))
+    assert [i for i in range(len(before)) if before[i] != after[i]] == [1]
+    assert set(range(before[1][0])) - set(plan.kept["blocks.1.ffn"].tolist()) <= set(silent)
+
+
+def test_sizes_of_rounds_shrink_and_meet_the_budget(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    request = {"method": "joint", "ratio": 0.2, "data": notes, "samples": 8, "length": 32, "layout": "per-layer"}
+    result = secateur.prune(checkpoint("llama"), output=tmp_path / "out", options={"passes": 3}, **request)
+    grid.check_counts(result, tmp_path / "out")
+    removed = 1 - result.achieved["params"] / result.achieved["params_before"]
+    assert removed == pytest.approx(0.2, abs=0.01)
