@@ -86,7 +86,14 @@ class Taps:
     @property
     def single(self) -> bool:
         """Whether the inputs of one module are all that is looked at."""
-        return len(self._modules) == 1 and not (self._at_norms or self._stacked or self._influence or self.pairs.wanted)
+        others = (
+            any(self._at_norms.values()),
+            self._stacked,
+            self._influence,
+            self._ends is not None,
+            self.pairs.wanted,
+        )
+        return len(self._modules) == 1 and not any(others)
 
     @contextmanager
     def open(self, stop: bool = False) -> Iterator[None]:
