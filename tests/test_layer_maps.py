@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.budgets.layer_maps import minmax_map, scaled, shifted, shrunk, sigmoid_map, softmax_map
+from secateur.budgets.layer_maps import scaled, shrunk, sigmoid_map, softmax_map
 
 _scores = st.lists(st.floats(0, 1), min_size=2, max_size=40).map(lambda s: torch.tensor(s, dtype=torch.float64))
 _mean = st.floats(0.01, 0.79)
@@ -46,34 +46,12 @@ def test_sigmoid_keeps_the_mean_and_at_most_everything(scores: Tensor, mean: flo
     assert _ordered(scores, shares)
 
 
-@given(_scores, _mean, st.floats(0, 0.5))
-def test_minmax_keeps_the_mean_above_its_base(scores: Tensor, mean: float, base: float) -> None:
-    redundant = scores < scores.max() if scores.max() > scores.min() else torch.ones(len(scores), dtype=torch.bool)
-    shares = minmax_map(scores, base, mean)
-    reachable = float(redundant.double().mean()) + float((~redundant).double().mean()) * min(base, mean)
-    if mean <= reachable - 1e-9:
-        assert shares.mean() == pytest.approx(mean, abs=1e-6)
-    assert shares.min() >= min(base, mean) - 1e-12
-    assert shares.max() <= 1
-    assert _ordered(-scores, shares)
-
-
-@given(_scores, _mean)
-def test_affine_shares_keep_their_distances_within_bounds(values: Tensor, mean: float) -> None:
-    shares = shifted(values, mean, 0.0, 0.99)
-    assert shares.mean() == pytest.approx(mean, abs=1e-9)
-    inside = (shares > 1e-9) & (shares < 0.99 - 1e-9)
-    offsets = (shares - values)[inside]
-    assert not len(offsets) or offsets.max() - offsets.min() < 1e-9
-
-
 @given(_scores, st.floats(0.02, 0.4), st.floats(1.01, 1.9))
 def test_every_share_grows_with_the_mean(scores: Tensor, mean: float, factor: float) -> None:
     for shares in (
         lambda m: softmax_map(scores, 0.1, m, 0.8),
         lambda m: sigmoid_map(scores, 13.1, m),
         lambda m: shrunk(scores + 0.1, m),
-        lambda m: shifted(scores, m),
         lambda m: scaled(scores + 0.1, m),
     ):
         assert (shares(factor * mean) >= shares(mean) - 1e-9).all()

@@ -158,6 +158,8 @@ def test_charts_are_bounded_and_survive_the_disk(
     name: str, family: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     cell = grid.Cell(family, name, layout=grid.layouts(name)[-1])
+    if cell.refused:
+        pytest.skip(cell.refused)
     plan, _ = grid.plan_of(checkpoint(family), tmp_path / "out", **grid.arguments(cell, tmp_path))
     again = Plan.load(work_folder(tmp_path / "out"))
     assert [chart.as_dict() for chart in again.charts] == [chart.as_dict() for chart in plan.charts]

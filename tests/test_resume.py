@@ -125,6 +125,14 @@ def requests(notes: Path) -> dict[str, dict[str, Any]]:
             "layout": "per-layer",
         },
         "fasp": {"method": "fasp", "ratio": 0.15, "data": notes, "samples": 8, "length": 16},
+        "joint": {
+            "method": "joint",
+            "ratio": 0.15,
+            "data": notes,
+            "samples": 8,
+            "length": 16,
+            "layout": "per-layer",
+        },
         "blocks": {"method": "random", "ratio": 0.2, "options": {"spaces": "blocks"}},
     }
 
@@ -143,7 +151,7 @@ def straight(checkpoint: Checkpoints, notes: Path, tmp_path_factory: pytest.Temp
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["", "copies"])
-@pytest.mark.parametrize("name", ["magnitude", "slicegpt", "fasp", "blocks"])
+@pytest.mark.parametrize("name", ["magnitude", "slicegpt", "fasp", "joint", "blocks"])
 @settings(max_examples=6, phases=_PHASES)
 @given(data=st.data())
 def test_killed_at_random_points(
@@ -155,7 +163,7 @@ def test_killed_at_random_points(
     data: st.DataObject,
 ) -> None:
     """One or two kills, one after the other, then a run to the end; with copies of the signal behind every block."""
-    if copies and name not in ("slicegpt", "fasp"):
+    if copies and name not in ("slicegpt", "fasp", "joint"):
         pytest.skip("it has no signal")
     request = requests(notes)[name]
     wanted, ticks = straight[name]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HALVINGS = 100
-
 
 def scaled(weights: Tensor, mean: float, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Shares ``low + t * weights``, capped at ``high``, with t such that their mean is ``mean``.
@@ -21,7 +19,7 @@ def scaled(weights: Tensor, mean: float, low: float = 0.0, high: float = 1.0) ->
         weights: one per layer, at least 0.
         mean: between ``low`` and ``high``; where weights of 0 put it out of reach, the other layers are at ``high``.
     """
-    wide = weights.double()
+    wide = weights.double() / max(float(weights.max()), 5e-324)
     capped = torch.zeros(len(wide), dtype=torch.bool)
     while True:
         free = wide.masked_fill(capped, 0.0)
@@ -31,17 +29,6 @@ def scaled(weights: Tensor, mean: float, low: float = 0.0, high: float = 1.0) ->
         if not bool(over.any()):
             return shares.masked_fill(capped, high)
         capped |= over
-
-
-def shifted(values: Tensor, mean: float, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Shares ``values + t`` within bounds, with t such that their mean is ``mean`` (affine maps)."""
-    wide = values.double()
-    lower, upper = low - float(wide.max()), high - float(wide.min())
-    for _ in range(_HALVINGS):
-        middle = (lower + upper) / 2
-        below = float((wide + middle).clamp(low, high).mean()) < mean
-        lower, upper = (middle, upper) if below else (lower, middle)
-    return (wide + upper).clamp(low, high)
 
 
 def shrunk(weights: Tensor, mean: float, high: float = 1.0) -> Tensor:
@@ -64,11 +51,3 @@ def sigmoid_map(scores: Tensor, slope: float, mean: float, high: float = 1.0) ->
     """Shares kept that grow with ``sigmoid(slope * (score - mean score))`` (CFSP, arXiv:2409.13199)."""
     wide = scores.double()
     return shrunk(torch.sigmoid(slope * (wide - wide.mean())), mean, high)
-
-
-def minmax_map(scores: Tensor, base: float, mean: float, high: float = 1.0) -> Tensor:
-    """Shares removed: ``base`` of the highest score, growing linearly to the lowest (arXiv:2411.03513)."""
-    wide = scores.double()
-    spread = float(wide.max() - wide.min())
-    redundancy = (wide.max() - wide) / spread if spread > 0 else torch.ones_like(wide)
-    return scaled(redundancy, mean, min(base, mean), high)

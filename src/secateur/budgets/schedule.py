@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum
 
-_STEPS = 200
+import torch
+
+from secateur.budgets.layer_maps import scaled
 
 
 def redundancy(influence: Sequence[float]) -> list[float]:
@@ -34,26 +35,9 @@ def slices(redundant: Sequence[float], mean: float, base: float, most: float = 1
         base: what every layer loses; more where the layers that v names cannot carry the rest.
         most: what none exceeds.
     """
-    base, count = min(base, mean), len(redundant)
-
-    def at(start: float, slope: float) -> list[float]:
-        return [min(most, start + slope * value) for value in redundant]
-
-    weight = fsum(redundant) / count
-    if weight <= 0 or mean <= base:
-        return [mean] * count
-    plain = at(base, (mean - base) / weight)
-    if max(base + (mean - base) / weight * value for value in redundant) <= most:
-        return plain
-    full = [most if value > 0 else base for value in redundant]
-    if fsum(full) < mean * count:  # those with v = 0 have to give too
-        others = sum(value <= 0 for value in redundant)
-        rest = (mean * count - most * (count - others)) / others
-        return [most if value > 0 else rest for value in redundant]
-    low, high = 0.0, 1.0
-    while fsum(at(base, high)) < mean * count and high < 1e300:
-        high *= 2
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fsum(at(base, middle)) < mean * count else (low, middle)
-    return at(base, high)
+    base, weights = min(base, mean), torch.tensor(redundant, dtype=torch.float64)
+    idle = weights <= 1e-12 * weights.max()
+    shares = scaled(weights.masked_fill(idle, 0.0), mean, base, most)
+    if bool(idle.any()):  # those with v = 0 give too, where the others cannot carry all
+        shares[idle] = (mean * len(weights) - float(shares[~idle].sum())) / int(idle.sum())
+    return [float(share) for share in shares]

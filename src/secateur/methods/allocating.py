@@ -25,7 +25,6 @@ class Allocation:
     Args:
         budget: the request.
         curves: ``ffn.I``, ``kv.I`` and ``value.I``: what is lost with so many units of block I gone, in nats.
-        layered: whether blocks may differ.
         values: whether value heads may lose dimensions.
         branches: whether whole branches may go.
         base: sizes to start from, with a narrower stream; the dense ones when omitted.
@@ -35,18 +34,18 @@ class Allocation:
         self,
         budget: Budget,
         curves: Mapping[str, Tensor],
-        layered: bool,
         values: bool,
         branches: bool,
         base: Sizes | None = None,
     ) -> None:
-        self.budget, self.curves, self.layered, self.base = budget, curves, layered, base or budget.sizes
+        self.budget, self.curves, self.base = budget, curves, base or budget.sizes
+        self.layered = budget.layout == "per-layer"
         sizes, architecture = self.base, budget.architecture
         layout = budget.layout
         self._cuts_kv = not refusals(architecture, "kv", layout)
         self._step = budget.step("ffn")
-        self._values = values and layered and self._admits(value=max(1, sizes.head - 1))
-        self._gone = branches and layered
+        self._values = values and self.layered and self._admits(value=max(1, sizes.head - 1))
+        self._gone = branches and self.layered
 
     def _admits(self, **change: Any) -> bool:
         """Whether the layout takes a change of one block."""

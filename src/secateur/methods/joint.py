@@ -20,8 +20,9 @@ from torch import Tensor
 
 from secateur.budgets import Budget
 from secateur.cuts.stream import SHARED
-from secateur.errors import RequestError
+from secateur.errors import RequestError, refuse
 from secateur.families import Layout, Sizes
+from secateur.families.limits import refusals
 from secateur.families.roles import TABLES, writes_stream
 from secateur.mends import aim, refit
 from secateur.mends.values import ValueBasis, value_basis
@@ -63,11 +64,10 @@ class Joint(Method):
     branches: bool = Field(True, description="also drop whole attention branches (per-layer layout)")
     stream: bool = Field(True, description="also narrow the residual stream (RMSNorm, and a head of its own)")
     damping: PositiveFloat = Field(1e-3, description="ridge of the least squares, over the Gram's mean diagonal")
-    layered: bool = Field(False, description="set by the layout: blocks may differ in size")
 
     @property
     def rounds(self) -> int:
-        return self.passes or (2 if self.layered else 1)
+        return self.passes or 1
 
     @property
     def mends(self) -> tuple[frozenset[str], ...]:
@@ -83,7 +83,15 @@ class Joint(Method):
         return frozenset({"head.gram", "head.cross"})
 
     def in_layout(self, layout: Layout) -> Self:
-        return self.model_copy(update={"layered": layout == "per-layer"})
+        if self.sparsity is not None:
+            hint = "--ratio says how much of all parameters goes"
+            refuse(
+                "bad-option",
+                "joint with sparsity",
+                "it cuts several kinds of units, and none has a share of its own",
+                hint,
+            )
+        return self.model_copy(update={"passes": self.passes or (2 if layout == "per-layer" else 1)})
 
     def sizes(self, budget: Budget) -> Sizes:
         """Sizes of about the same cost; which blocks give how much is known only from the text."""
@@ -93,7 +101,7 @@ class Joint(Method):
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What every space of a block loses with its size, in nats per token."""
-        narrows = self.stream and may_narrow(view.architecture, "per-layer" if self.layered else "native")
+        narrows = self.stream and may_narrow(view.architecture)
         found = stream_summary(view, evidence) if narrows else {}
         if view.place is None:
             return found
@@ -129,7 +137,7 @@ class Joint(Method):
         names = [name for name in study.summaries if name.split(".")[0] in ("ffn", "kv", "value")]
         curves = {name: next(iter(study.summaries[name])) for name in names}
         last = study.round == self.rounds - 1
-        make = partial(Allocation, study.budget, curves, self.layered, self.values and last, self.branches)
+        make = partial(Allocation, study.budget, curves, self.values and last, self.branches)
         if study.previous is not None:
             start = _Start(study.budget.sizes.residual, bases=study.previous.bases)
             allocation = make(replace(study.budget.sizes, residual=study.previous.after.residual))
@@ -145,7 +153,7 @@ class Joint(Method):
         best, least = make(sizes), float("inf")
         with suppress(RequestError):
             least = best.predicted(best.solve(1))
-        if "stream" not in study.summaries:
+        if "stream" not in study.summaries or refusals(study.budget.architecture, "residual", study.budget.layout):
             return _Start(sizes.residual), best
         directions, costs = stream_curve(study)
         start = _Start(sizes.residual)

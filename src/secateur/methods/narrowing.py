@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.families import Architecture, Layout
+from secateur.families import Architecture
 from secateur.families.limits import refusals
 from secateur.methods.base import Study
 from secateur.spaces import BlockView
@@ -21,11 +21,10 @@ _WIDTHS = 8  # tried
 _LEAST = 0.6  # of the stream
 
 
-def may_narrow(architecture: Architecture, layout: Layout) -> bool:
-    """Whether a stream can be narrowed in one basis at no other cost: RMSNorm, no ports, a head of its own."""
-    sizes = architecture.sizes
-    ready = architecture.family.norm == "rms" and not sizes.tied and not sizes.shortcuts and not architecture.parallel
-    return ready and not refusals(architecture, "residual", layout)
+def may_narrow(architecture: Architecture) -> bool:
+    """Whether some layout can narrow the stream in one basis at no other cost: RMSNorm, and a head of its own."""
+    rms, parallel = architecture.family.norm == "rms", architecture.parallel
+    return rms and not parallel and not architecture.sizes.tied and not refusals(architecture, "residual", "per-layer")
 
 
 def stream_summary(view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:

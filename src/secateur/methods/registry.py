@@ -34,7 +34,7 @@ _OURS: Final = {
     "shortgpt": "secateur.methods.shortgpt:ShortGpt",
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
 }
-DEFAULT_WITH_DATA: Final = "slicegpt"
+DEFAULT_WITH_DATA: Final = "joint"
 DEFAULT_WITHOUT_DATA: Final = "prunenet"
 
 
