@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import masking
 import models
 import secateur
 from conftest import Checkpoints
-from secateur.budgets.tradeoff import Table, cheapest, steps, total_cost
+from secateur.budgets.tradeoff import Table, cheapest, steps
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.edited import EditedCheckpoint
@@ -93,7 +94,11 @@ def test_tradeoff_of_convex_tables_is_the_best(data: st.DataObject) -> None:
     chosen = cheapest(tables, need)
     assert sum(chosen) == need
     every = product(*(range(len(table.costs)) for table in tables))
-    assert total_cost(tables, chosen) == min(total_cost(tables, pick) for pick in every if sum(pick) == need)
+
+    def cost(pick: Sequence[int]) -> float:
+        return sum(float(table.costs[i]) for table, i in zip(tables, pick, strict=True))
+
+    assert cost(chosen) == min(cost(pick) for pick in every if sum(pick) == need)
 
 
 def test_tradeoff_fills_up_beside_a_large_step() -> None:

@@ -19,7 +19,7 @@ from secateur.plans import Chart
 from secateur.reports.document import Charts, Document, Section, Table
 from secateur.reports.files import write_document
 
-METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt", "joint")
+METHODS: Final = ("random", "magnitude", "prunenet", "slicegpt")
 RATIOS: Final = (0.1, 0.3)
 _WINDOW, _SAMPLES = 256, 64
 _HELD_OUT_CHARACTERS = 90_000

@@ -76,11 +76,6 @@ def _saved(tables: Sequence[Table], chosen: Sequence[int]) -> float:
     return sum(float(table.savings[i]) for table, i in zip(tables, chosen, strict=True))
 
 
-def total_cost(tables: Sequence[Table], chosen: Sequence[int]) -> float:
-    """What a choice from every table loses."""
-    return sum(float(table.costs[i]) for table, i in zip(tables, chosen, strict=True))
-
-
 def steps(costs: Tensor, step: int, saving: float) -> Table:
     """A fine table of every ``step``-th point of a curve, each unit saving as much.
 

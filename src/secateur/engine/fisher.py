@@ -22,10 +22,11 @@ class FisherFiles:
     Args:
         folder: where they are.
         journal: records the finished blocks.
+        device: where they are used.
     """
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self._folder, self._journal = folder, journal
+    def __init__(self, folder: Path, journal: Journal, device: torch.device) -> None:
+        self._folder, self._journal, self._device = folder, journal, device
 
     def _path(self, block: int) -> Path:
         return self._folder / f"fisher-{block}.safetensors"
@@ -44,4 +45,5 @@ class FisherFiles:
 
     def of(self, block: int) -> dict[str, Tensor]:
         """``fisher.attention`` and ``fisher.ffn`` of a block, [D, D] float64, as far as it has them."""
-        return {f"{FISHER}.{name}": tensor.double() for name, tensor in load_file(self._path(block)).items()}
+        found = load_file(self._path(block))
+        return {f"{FISHER}.{name}": tensor.double().to(self._device) for name, tensor in found.items()}

@@ -122,7 +122,8 @@ class _Round:
         """The Fisher matrices of this round, gathered where the method wants them."""
         if FISHER not in self._method.evidence.union(*self._method.mends):
             return None
-        files, planning = FisherFiles(self._folder, self._journal), self._planning
+        planning = self._planning
+        files = FisherFiles(self._folder, self._journal, planning.prepared.device)
         blocks = len(self._dense.architecture.sizes.blocks)
         files.gather(self._trials, blocks, planning.prepared.request.seed)
         return files

@@ -11,6 +11,23 @@ DAMPING = 1e-2
 """Ridge as a share of the mean of the Gram's diagonal."""
 
 
+def silenced(gram: Tensor, target: Tensor | None, kept: Tensor | None, span: int) -> tuple[Tensor, Tensor | None]:
+    """Statistics without the units that went before: columns that are zero there ask for nothing and get nothing.
+
+    Args:
+        gram: X X^T, [n, n].
+        target: Y X^T, [out, n].
+        kept: units that are there; None for all.
+        span: columns of one unit.
+    """
+    if kept is None:
+        return gram, target
+    there = torch.zeros(len(gram), dtype=gram.dtype)
+    there[(kept.cpu()[:, None] * span + torch.arange(span)).flatten()] = 1
+    there = there.to(gram.device)
+    return gram * there * there[:, None], None if target is None else target * there
+
+
 def aim(weight: Tensor, gram: Tensor, target: Tensor, damping: float) -> Tensor:
     """W* that minimises |W* X - Y|^2 + delta |W* - W|^2: outputs that are wanted, on other inputs than W's own.
 

@@ -56,5 +56,60 @@ def value_basis(readers: Sequence[Tensor], grams: Sequence[Tensor], metric: Tens
     return ValueBasis(reduce, restore, costs)
 
 
+@dataclass(frozen=True)
+class HeadBases:
+    """The value bases of all key/value groups of a block.
+
+    Attributes:
+        groups: one basis each.
+        queries: query heads that share a group.
+    """
+
+    groups: Sequence[ValueBasis]
+    queries: int
+
+    @property
+    def reduce(self) -> Tensor:
+        """What turns the inputs of ``out``, [heads * h, heads * h]."""
+        return self._diagonal([basis.reduce for basis in self.groups])
+
+    @property
+    def restore(self) -> Tensor:
+        """Its inverse, which ``out`` is multiplied with."""
+        return self._diagonal([basis.restore for basis in self.groups])
+
+    def _diagonal(self, blocks: Sequence[Tensor]) -> Tensor:
+        each = [block for block in blocks for _ in range(self.queries)]
+        found: Tensor = torch.block_diag(*each)  # type: ignore[no-untyped-call]
+        return found
+
+    def narrowed(self, values: Tensor, left: int) -> Tensor:
+        """Rows of ``v`` (or its bias) turned, and only the first ``left`` of every head not zero."""
+        size = len(self.groups[0].reduce)
+        found = torch.zeros_like(values)
+        for index, basis in enumerate(self.groups):
+            mine = slice(index * size, (index + 1) * size)
+            found[mine][:left] = basis.reduce[:left] @ values[mine]
+        return found
+
+
+def head_bases(weight: Tensor, gram: Tensor, groups: int, queries: int, metric: Tensor) -> HeadBases:
+    """The value bases of a block.
+
+    Args:
+        weight: ``out``, [D, heads * h], heads group by group.
+        gram: mean over tokens of the products of its inputs.
+        groups, queries: key/value groups, and query heads of each.
+        metric: F, [D, D].
+    """
+    head = len(gram) // (groups * queries)
+    found = []
+    for group in range(groups):
+        first = group * queries
+        spans = [slice(query * head, (query + 1) * head) for query in range(first, first + queries)]
+        found.append(value_basis([weight[:, s] for s in spans], [gram[s, s] for s in spans], metric.to(gram)))
+    return HeadBases(found, queries)
+
+
 def _weighed(outputs: Tensor, metric: Tensor | None) -> Tensor:
     return outputs if metric is None else metric @ outputs

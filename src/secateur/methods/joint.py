@@ -8,7 +8,7 @@ least squares on the signals behind the cuts before it, towards what the dense m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,14 +24,14 @@ from secateur.errors import RequestError, refuse
 from secateur.families import Layout, Sizes
 from secateur.families.limits import refusals
 from secateur.families.roles import TABLES, writes_stream
-from secateur.mends import aim, refit
-from secateur.mends.values import ValueBasis, value_basis
+from secateur.mends import aim, refit, silenced
+from secateur.mends.gains import aim_gains
+from secateur.mends.values import HeadBases, head_bases
 from secateur.methods.allocating import Allocation
 from secateur.methods.base import Method, Study
 from secateur.methods.narrowing import may_narrow, stream_curve, stream_summary, stream_widths
 from secateur.plans import Mend, Plan
 from secateur.scores.elimination import Elimination, eliminate
-from secateur.scores.ridge import ridge_factor
 from secateur.spaces import BlockView
 
 _READERS = (("q", "k", "v"), ("gate", "up"))
@@ -113,12 +113,12 @@ class Joint(Method):
             gram = evidence["out.gram"] / evidence["out.count"]
             metric = evidence["fisher.attention"]
             found[f"kv.{view.place}"] = eliminate(reader.values, gram, metric, reader.span).costs
-            tails = [basis.costs for basis in _bases(view, reader.values, gram, metric)]
+            tails = [basis.costs for basis in _bases(view, reader.values.to(gram), gram, metric).groups]
             found[f"value.{view.place}"] = torch.stack(tails).mean(0)
         return found
 
     def _ffn_curve(self, view: BlockView, evidence: Mapping[str, Tensor]) -> Tensor:
-        total = torch.zeros(1, dtype=torch.float64)
+        curves = []
         sizes = view.architecture.sizes
         tokens = float(evidence["out.count"]) if "out.count" in evidence else float(evidence["down.count"])
         for space in view.spaces("ffn"):
@@ -128,8 +128,8 @@ class Joint(Method):
             gram = evidence[f"{reader.key}.gram"] / tokens
             if space.expert is not None:  # each weighs about one part of what the token's experts give
                 gram = gram / sizes.active_experts**2
-            total = total + eliminate(reader.values, gram, evidence["fisher.ffn"]).costs
-        return total
+            curves.append(eliminate(reader.values, gram, evidence["fisher.ffn"]).costs)
+        return torch.stack(curves).sum(0)
 
     # -- allocation ------------------------------------------------------------------------------------------------
 
@@ -194,55 +194,35 @@ class Joint(Method):
 
     def _attention(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan) -> Mend:
         """Which key/value groups stay, in how many value dimensions; what reads them aims at the dense stream."""
-        spaces, assert_place = view.spaces("kv"), view.place
-        assert assert_place is not None
-        if not spaces or "out.gram" not in evidence:
+        if view.place is None or "out.gram" not in evidence:
             return Mend()
-        (space,), after = spaces, plan.after.blocks[assert_place]
+        (space,), after = view.spaces("kv"), plan.after.blocks[view.place]
         reader = view.reader(space)
         if not after.kv:
             return Mend(edits={reader.name: torch.zeros_like(reader.values)})
         count, prior = float(evidence["out.count"]), plan.kept.get(space.name)
-        gram, target = _silenced(evidence["out.gram"], _target(view, evidence, "out"), prior, reader.span)
+        gram, target = silenced(evidence["out.gram"], _target(view, evidence, "out"), prior, reader.span)
         metric = evidence["fisher.attention"]
         weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
         chosen = eliminate(weight, gram / count, metric, reader.span)
         kept, edits, scores = {}, {}, {}
-        columns = torch.arange(len(gram))
+        columns = torch.arange(len(gram), device=gram.device)
         if after.kv < space.size:
             kept[space.name] = chosen.kept(after.kv)
             scores[space.name] = _ranks(chosen)
-            columns = (kept[space.name][:, None] * reader.span + torch.arange(reader.span)).flatten()
+            columns = (kept[space.name][:, None] * reader.span + columns[: reader.span]).flatten()
         if after.value:
-            narrow, weight, gram, target = self._narrow(view, weight, gram, target, metric, after.value)
-            edits.update(narrow)
-            head = view.architecture.sizes.head
-            kept[f"blocks.{view.place}.value"] = (
-                torch.arange(space.size)[:, None] * head + torch.arange(after.value)
-            ).flatten()
+            head, bases = view.architecture.sizes.head, _bases(view, weight, gram, metric)
+            for name in (f"blocks.{view.place}.v.weight", f"blocks.{view.place}.v.bias"):
+                if name in view.tensors:
+                    edits[name] = bases.narrowed(view.tensors[name].to(gram), after.value)
+            turn, weight = bases.reduce, weight @ bases.restore
+            gram, target = turn @ gram @ turn.t(), None if target is None else target @ turn.t()
+            first = torch.arange(space.size)[:, None] * head + torch.arange(after.value)
+            kept[f"blocks.{view.place}.value"] = first.flatten()
             columns = columns[columns % head < after.value]
         edits[reader.name] = refit(weight, gram, columns, self.damping, target)
         return Mend(kept, edits, scores)
-
-    def _narrow(
-        self, view: BlockView, weight: Tensor, gram: Tensor, target: Tensor | None, metric: Tensor, left: int
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
-        """Turn every value head so that its first dimensions matter most: the edits, and what ``out`` sees then."""
-        sizes = view.architecture.sizes
-        heads, group = sizes.head, sizes.blocks[view.place or 0].group
-        bases = _bases(view, weight, gram, metric)
-        turn = _diagonal([basis.reduce for basis in bases for _ in range(group)])
-        back = _diagonal([basis.restore for basis in bases for _ in range(group)])
-        edits = {}
-        for kind in ("weight", "bias"):
-            name = f"blocks.{view.place}.v.{kind}"
-            if name in view.tensors:
-                value = view.tensors[name].to(gram)
-                parts = [b.reduce @ value[i * heads : (i + 1) * heads] for i, b in enumerate(bases)]
-                for part in parts:
-                    part[left:] = 0
-                edits[name] = torch.cat(parts)
-        return edits, weight @ back, turn @ gram @ turn.t(), None if target is None else target @ turn.t()
 
     def _ffn(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan) -> Mend:
         """Which neurons stay; what reads them aims at the dense stream."""
@@ -256,7 +236,7 @@ class Joint(Method):
                 edits[reader.name] = torch.zeros_like(reader.values)
                 continue
             count, prior = float(evidence[f"{reader.key}.count"]), plan.kept.get(space.name)
-            gram, target = _silenced(evidence[f"{reader.key}.gram"], _target(view, evidence, reader.key), prior, 1)
+            gram, target = silenced(evidence[f"{reader.key}.gram"], _target(view, evidence, reader.key), prior, 1)
             weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
             chosen = eliminate(weight, gram / max(count, 1.0), evidence["fisher.ffn"])
             kept[space.name] = chosen.kept(left)
@@ -277,13 +257,8 @@ class Joint(Method):
         if norm is None or bias is not None:
             return Mend()
         offset = view.architecture.family.norm_offset
-        gains = norm.to(gram) + offset
-        inverse = gains.sign() / gains.abs().clamp(min=1e-6)  # what the norm gives before its gains
-        now, dense = (tensors["stem.embedding.weight"].to(gram) for tensors in (view.tensors, view.dense))
-        left = (now.t() @ now) * gram * inverse * inverse[:, None]
-        right = ((now.t() @ dense) * (cross * inverse).t()).sum(1)
-        factor, ridge = ridge_factor(left, self.damping)
-        found = torch.cholesky_solve((right + ridge * gains)[:, None], factor)[:, 0]
+        tables = (view.tensors["stem.embedding.weight"], view.dense["stem.embedding.weight"])
+        found = aim_gains(norm.to(gram) + offset, tables, gram, cross, self.damping)
         return Mend(edits={"stem.final_norm.weight": found - offset})
 
 
@@ -313,29 +288,6 @@ def _ranks(chosen: Elimination) -> Tensor:
     return ranks
 
 
-def _diagonal(blocks: Sequence[Tensor]) -> Tensor:
-    """The matrix with these blocks on its diagonal."""
-    found: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return found
-
-
-def _silenced(gram: Tensor, target: Tensor | None, kept: Tensor | None, span: int) -> tuple[Tensor, Tensor | None]:
-    """Statistics without the units that an earlier round removed: what is zero asks for nothing."""
-    if kept is None:
-        return gram, target
-    there = torch.zeros(len(gram), dtype=gram.dtype)
-    there[(kept[:, None] * span + torch.arange(span)).flatten()] = 1
-    return gram * there * there[:, None], None if target is None else target * there
-
-
-def _bases(view: BlockView, weight: Tensor, gram: Tensor, metric: Tensor) -> list[ValueBasis]:
-    """The value basis of every key/value group."""
-    sizes = view.architecture.sizes
-    block, head = sizes.blocks[view.place or 0], sizes.head
-    found = []
-    for group in range(block.kv):
-        spans = [
-            slice((group * block.group + i) * head, (group * block.group + i + 1) * head) for i in range(block.group)
-        ]
-        found.append(value_basis([weight[:, s] for s in spans], [gram[s, s] for s in spans], metric))
-    return found
+def _bases(view: BlockView, weight: Tensor, gram: Tensor, metric: Tensor) -> HeadBases:
+    block = view.architecture.sizes.blocks[view.place or 0]
+    return head_bases(weight, gram, block.kv, block.group, metric)
