@@ -23,6 +23,7 @@ from secateur.errors import InternalError, SecateurError
 
 _LAST_LINES: Final = 3
 _POLL_SECONDS: Final = 0.01
+_ANSWER_SECONDS: Final = 0.5
 _OF_A_FOLDER: Final = "transformers_modules"  # code that came with one checkpoint
 
 
@@ -88,6 +89,9 @@ class Workers:
         assert self._server.stdout is not None
         try:
             self._server.stdin.write(json.dumps(order).encode() + b"\n")
+            # never a wait without an end: an interrupt that comes just before it would not be seen until the job ends
+            while not select.select([self._server.stdout], [], [], _ANSWER_SECONDS)[0]:
+                pass
             line = self._server.stdout.readline()
         except BrokenPipeError:
             line = b""
