@@ -160,7 +160,7 @@ def ci_cells() -> list[Cell]:
     possible = {cell for cell in every if not cell.refused}
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
     homes = {cell for f in HOMES for cell in per_layer_cells(f)}
-    homes |= {Cell("deepseek_v3", m, _Frozen(), "per-layer") for m in ("modegpt", "flap")}
+    homes |= {Cell("deepseek_v3", m, _Frozen(), "per-layer") for m in ("modegpt", "flap", "joint")}
     uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
     return sorted(wide | possible | more | shared | rotated | uneven | homes, key=str)
 

@@ -13,7 +13,7 @@ from secateur.families import Architecture, Block, CanonicalTensor, canonical_na
 from secateur.families.roles import NORMS, PORTS, dimensions_of, writes_stream
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.plans import Plan
-from secateur.spaces import columns_of_values, space_name
+from secateur.spaces import columns_of_values, positions, space_name
 
 HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
@@ -118,7 +118,7 @@ def _positions(
         found = kept.get(space_name(kind, described))
         if found is not None:
             span = architecture.sizes.span(axis, kind, described.block)
-            units = (found[:, None] * span + torch.arange(span)).flatten()
+            units = positions(found, span)
     field = PORTS.get((described.role, dimension))
     if field is not None:
         narrowed = kept.get(f"{place_name(described.block)}.{field}")

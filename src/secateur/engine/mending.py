@@ -32,7 +32,7 @@ class MendSweep:
     """Complete a plan with what ``Method.mend`` says of every block.
 
     Args:
-        checkpoint: the dense model.
+        checkpoint: the model as the rounds before left it.
         method: whose ``mend`` to call.
         folder: the work folder; the edits lie there, one file per block.
         journal: records every finished block.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from secateur.scores.ridge import ridge_factor
+from secateur.spaces import positions
 
 DAMPING = 1e-2
 """Ridge as a share of the mean of the Gram's diagonal."""
@@ -23,7 +24,7 @@ def silenced(gram: Tensor, target: Tensor | None, kept: Tensor | None, span: int
     if kept is None:
         return gram, target
     there = torch.zeros(len(gram), dtype=gram.dtype)
-    there[(kept.cpu()[:, None] * span + torch.arange(span)).flatten()] = 1
+    there[positions(kept.cpu(), span)] = 1
     there = there.to(gram.device)
     return gram * there * there[:, None], None if target is None else target * there
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.mends.values import value_basis
+from secateur.mends.values import HeadBases, value_basis
 
 
 def narrowed_values(tensors: Mapping[str, Tensor], moments: Tensor, head: int, rank: int) -> dict[str, Tensor]:
@@ -24,14 +24,13 @@ def narrowed_values(tensors: Mapping[str, Tensor], moments: Tensor, head: int, r
         rank: of them that stay.
     """
     groups = len(moments) // head
-    values = {key: torch.zeros_like(tensors[key]) for key in ("v.weight", "v.bias") if key in tensors}
     readers = tensors["out.weight"]
     readers = readers.reshape(len(readers), groups, -1, head)  # [out, groups, query heads, head]
-    narrow = torch.zeros_like(readers)
+    narrow, found = torch.zeros_like(readers), []
     for group in range(groups):
         mine, each = slice(group * head, (group + 1) * head), readers[:, group].unbind(1)
-        basis = value_basis(each, [moments[mine, mine]] * len(each))
-        for key, tensor in values.items():
-            tensor[mine][:rank] = basis.reduce[:rank] @ tensors[key][mine]
-        narrow[:, group, :, :rank] = readers[:, group] @ basis.restore[:, :rank]
+        found.append(value_basis(each, [moments[mine, mine]] * len(each)))
+        narrow[:, group, :, :rank] = readers[:, group] @ found[-1].restore[:, :rank]
+    bases = HeadBases(found, readers.shape[2])
+    values = {key: bases.narrowed(tensors[key], rank) for key in ("v.weight", "v.bias") if key in tensors}
     return {**values, "out.weight": narrow.flatten(1)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.budgets.tradeoff import Table, cheapest, steps
 from secateur.families import Sizes
-from secateur.families.limits import problems, refusals
+from secateur.families.limits import refusals
 from secateur.families.sizes import BlockSizes
 
 _VALUE_STEPS = 16  # of a head's dimensions
@@ -40,20 +40,15 @@ class Allocation:
     ) -> None:
         self.budget, self.curves, self.base = budget, curves, base or budget.sizes
         self.layered = budget.layout == "per-layer"
-        sizes, architecture = self.base, budget.architecture
-        layout = budget.layout
-        self._cuts_kv = not refusals(architecture, "kv", layout)
+        self._cuts_kv = not refusals(budget.architecture, "kv", budget.layout)
         self._step = budget.step("ffn")
-        self._values = values and self.layered and self._admits(value=max(1, sizes.head - 1))
+        self._values = values and self.layered and not budget.problems(self._with(0, value=max(1, self.base.head - 1)))
         self._gone = branches and self.layered
 
-    def _admits(self, **change: Any) -> bool:
-        """Whether the layout takes a change of one block."""
-        sizes = self.base
-        blocks = (replace(sizes.blocks[0], **change), *sizes.blocks[1:])
-        return not problems(
-            self.budget.architecture, replace(sizes, blocks=blocks), self.budget.itemsize, self.budget.layout
-        )
+    def _with(self, index: int, **change: Any) -> Sizes:
+        """The sizes to start from with one block changed."""
+        blocks = (replace(block, **change) if i == index else block for i, block in enumerate(self.base.blocks))
+        return replace(self.base, blocks=tuple(blocks))
 
     def solve(self, part: float) -> Sizes:
         """Sizes that meet the budget, or go ``part`` of the way there."""
@@ -97,21 +92,14 @@ class Allocation:
             step = max(1, head // _VALUE_STEPS)
             narrow = [0, *range(head - step, 0, -step)] if self._values and f"value.{index}" in self.curves else [0]
             found.append([(kv, value) for kv in groups for value in narrow])
-            if self._gone and f"kv.{index}" in self.curves and self._admits_gone(index):
+            if self._gone and f"kv.{index}" in self.curves and not self.budget.problems(self._with(index, kv=0)):
                 found[-1].append((0, 0))
         return found
 
-    def _admits_gone(self, index: int) -> bool:
-        sizes = self.base
-        blocks = tuple(replace(b, kv=0) if i == index else b for i, b in enumerate(sizes.blocks))
-        gone = replace(sizes, blocks=blocks)
-        return not problems(self.budget.architecture, gone, self.budget.itemsize, self.budget.layout)
-
     def _saved(self, index: int, **change: Any) -> int:
         """Parameters that a change of one block saves."""
-        sizes, costs = self.base, self.budget.costs
-        blocks = tuple(replace(b, **change) if i == index else b for i, b in enumerate(sizes.blocks))
-        return costs.params(sizes) - costs.params(replace(sizes, blocks=blocks))
+        costs = self.budget.costs
+        return costs.params(self.base) - costs.params(self._with(index, **change))
 
     @cached_property
     def _tables(self) -> list[Table]:
@@ -139,14 +127,11 @@ class Allocation:
 
     def _uniform(self, need: float) -> Sizes:
         """The same sizes in every block: of every number of groups, the neurons take the rest."""
-        best, least = self.base, float("inf")
         sizes = self.base
-        for groups in range(sizes.size("kv"), 0, -1) if self._cuts_kv else [sizes.size("kv")]:
-            base = sizes.resized("kv", groups) if groups < sizes.size("kv") else sizes
-            found = self._filled(base, need)
-            if found is not None and self.predicted(found) < least:
-                best, least = found, self.predicted(found)
-        return best
+        groups = range(sizes.size("kv"), 0, -1) if self._cuts_kv else [sizes.size("kv")]
+        bases = (sizes.resized("kv", count) if count < sizes.size("kv") else sizes for count in groups)
+        found = [filled for base in bases if (filled := self._filled(base, need)) is not None]
+        return min(found, key=self.predicted, default=sizes)
 
     def _filled(self, base: Sizes, need: float) -> Sizes | None:
         """The FFN width with which sizes save what is needed; None where none does."""

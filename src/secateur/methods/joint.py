@@ -29,13 +29,12 @@ from secateur.mends.gains import aim_gains
 from secateur.mends.values import HeadBases, head_bases
 from secateur.methods.allocating import Allocation
 from secateur.methods.base import Method, Study
-from secateur.methods.narrowing import may_narrow, stream_curve, stream_summary, stream_widths
+from secateur.methods.narrowing import ffn_spaces, may_narrow, mean_gram, stream_curve, stream_summary, stream_widths
 from secateur.plans import Mend, Plan
 from secateur.scores.elimination import Elimination, eliminate
-from secateur.spaces import BlockView
+from secateur.spaces import BlockView, positions
 
 _READERS = (("q", "k", "v"), ("gate", "up"))
-_FISHER = {"out": "fisher.attention", "down": "fisher.ffn"}
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,9 @@ class Joint(Method):
         if view.place is None:
             return found
         found[f"ffn.{view.place}"] = self._ffn_curve(view, evidence)
-        attention = view.spaces("kv") and "fisher.attention" in evidence and "out.gram" in evidence
-        if attention:
+        if "out.gram" in evidence:  # low-rank attention has no heads of its own
             (space,) = view.spaces("kv")
-            reader = view.reader(space)
-            gram = evidence["out.gram"] / evidence["out.count"]
+            reader, gram = view.reader(space), mean_gram(view, space, evidence)
             metric = evidence["fisher.attention"]
             found[f"kv.{view.place}"] = eliminate(reader.values, gram, metric, reader.span).costs
             tails = [basis.costs for basis in _bases(view, reader.values.to(gram), gram, metric).groups]
@@ -118,17 +115,10 @@ class Joint(Method):
         return found
 
     def _ffn_curve(self, view: BlockView, evidence: Mapping[str, Tensor]) -> Tensor:
-        curves = []
-        sizes = view.architecture.sizes
-        tokens = float(evidence["out.count"]) if "out.count" in evidence else float(evidence["down.count"])
-        for space in view.spaces("ffn"):
-            if space.expert == "shared":
-                continue
-            reader = view.reader(space)
-            gram = evidence[f"{reader.key}.gram"] / tokens
-            if space.expert is not None:  # each weighs about one part of what the token's experts give
-                gram = gram / sizes.active_experts**2
-            curves.append(eliminate(reader.values, gram, evidence["fisher.ffn"]).costs)
+        curves = [
+            eliminate(view.reader(space).values, mean_gram(view, space, evidence), evidence["fisher.ffn"]).costs
+            for space in ffn_spaces(view)
+        ]
         return torch.stack(curves).sum(0)
 
     # -- allocation ------------------------------------------------------------------------------------------------
@@ -210,7 +200,7 @@ class Joint(Method):
         if after.kv < space.size:
             kept[space.name] = chosen.kept(after.kv)
             scores[space.name] = _ranks(chosen)
-            columns = (kept[space.name][:, None] * reader.span + columns[: reader.span]).flatten()
+            columns = positions(kept[space.name], reader.span).to(columns)
         if after.value:
             head, bases = view.architecture.sizes.head, _bases(view, weight, gram, metric)
             for name in (f"blocks.{view.place}.v.weight", f"blocks.{view.place}.v.bias"):

@@ -15,7 +15,7 @@ from secateur.budgets import Budget
 from secateur.families import Architecture
 from secateur.families.limits import refusals
 from secateur.methods.base import Study
-from secateur.spaces import BlockView
+from secateur.spaces import BlockView, Space
 
 _WIDTHS = 8  # tried
 _LEAST = 0.6  # of the stream
@@ -23,8 +23,26 @@ _LEAST = 0.6  # of the stream
 
 def may_narrow(architecture: Architecture) -> bool:
     """Whether some layout can narrow the stream in one basis at no other cost: RMSNorm, and a head of its own."""
-    rms, parallel = architecture.family.norm == "rms", architecture.parallel
-    return rms and not parallel and not architecture.sizes.tied and not refusals(architecture, "residual", "per-layer")
+    plain = architecture.family.norm == "rms" and not architecture.parallel and "out" in architecture.roles
+    return plain and not architecture.sizes.tied and not refusals(architecture, "residual", "per-layer")
+
+
+def ffn_spaces(view: BlockView) -> list[Space]:
+    """The FFN of a block, or its routed experts."""
+    return [space for space in view.spaces("ffn") if space.expert != "shared"]
+
+
+def mean_gram(view: BlockView, space: Space, evidence: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the block's tokens of the products of what a space's units give, [n, n].
+
+    What an expert gives is about one part of what the experts of a token give together, and weighs as that.
+    """
+    key = view.reader(space).key
+    if space.expert is None:
+        return evidence[f"{key}.gram"] / evidence[f"{key}.count"]
+    active = view.architecture.sizes.active_experts
+    visits = sum(float(evidence[f"{view.reader(each).key}.count"]) for each in ffn_spaces(view))
+    return evidence[f"{key}.gram"] / (visits / active) / active**2
 
 
 def stream_summary(view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,21 +54,18 @@ def stream_summary(view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str,
     found = {"stream": torch.stack([gram / gram.trace().clamp(min=1e-30) for gram in norms]).sum(0)}
     if view.place is None:
         return found
-    tokens, written = float(evidence["out.count"]), []
-    spaces = (view.spaces("kv"), [space for space in view.spaces("ffn") if space.expert != "shared"])
-    active = max(1, view.architecture.sizes.active_experts)
-    for branch in spaces:
+    written = []
+    for branch in (view.spaces("kv"), ffn_spaces(view)):
         total = torch.zeros_like(found["stream"])
         for space in branch:
-            reader = view.reader(space)
-            gram = evidence[f"{reader.key}.gram"] / tokens / (1 if space.expert is None else active**2)
-            wide = reader.values.to(gram)
+            gram = mean_gram(view, space, evidence)
+            wide = view.reader(space).values.to(gram)
             total += wide @ gram @ wide.t()
         written.append(total)
     found[f"writes.{view.place}"] = torch.stack(written)
     found[f"fisher.{view.place}"] = torch.stack([evidence["fisher.attention"], evidence["fisher.ffn"]])
     if view.place == 0:
-        found["enters"] = evidence["attention_norm"] / tokens
+        found["enters"] = evidence["attention_norm"] / evidence["out.count"]
     return found
 
 

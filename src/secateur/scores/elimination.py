@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.scores.ridge import ridge_factor
+from secateur.spaces import positions
 
 _STEPS = 1024  # at most; of more units several go at a time
 
@@ -60,7 +61,7 @@ def eliminate(
         losses = _losses(wide, inverse, group)
         losses[~alive] = torch.inf
         gone = torch.sort(losses, stable=True).indices[: min(at_once, units - len(order))]
-        columns = (gone[:, None] * group + torch.arange(group, device=gone.device)).flatten()
+        columns = positions(gone, group)
         rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         lost = wide[:, columns]
         together = float((lost * torch.linalg.solve(inverse[columns][:, columns], lost.t()).t()).sum())

@@ -22,6 +22,7 @@ __all__ = [
     "Space",
     "all_spaces",
     "columns_of_values",
+    "positions",
     "space_name",
     "spaces_of",
 ]
@@ -86,6 +87,11 @@ def all_spaces(sizes: Sizes, kind: Kind) -> list[Space]:
     if kind in ("residual", "blocks"):
         return spaces_of(sizes, kind)
     return [space for place in range(len(sizes.blocks)) for space in spaces_of(sizes, kind, place)]
+
+
+def positions(units: Tensor, span: int) -> Tensor:
+    """Positions along an axis that units cover: unit u covers [u * span, (u + 1) * span)."""
+    return (units[:, None] * span + torch.arange(span, device=units.device)).flatten()
 
 
 def columns_of_values(positions: Tensor, head: int, group: int) -> Tensor:
