@@ -320,26 +320,54 @@ def test_another_request_is_refused_and_force_begins_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    asked = words(checkpoint(), notes, held_out, out, "--methods", "random", "--layout", "native", "--ratio")
-    assert run([*asked, "0.1"], capsys)[0] == 0
+    asked = words(checkpoint(), notes, held_out, out, "--methods", "random", "--layout", "native", "--ratio", "0.2")
+    assert run([*asked, "--quantum", "1"], capsys)[0] == 0
     before = (out / "results.jsonl").read_bytes()
     inline.clear()
-    code, printed, _ = run([*asked, "0.2", "--json"], capsys)
+    code, printed, _ = run([*asked, "--quantum", "2", "--json"], capsys)
     error = json.loads(printed)["error"]
     assert (code, error["code"]) == (2, "other-request")
-    assert "ratio: [0.1] there, [0.2] here" in error["found"]
+    assert "quantum: 1 there, 2 here" in error["found"]
     assert "--force" in error["hint"]
     assert (out / "results.jsonl").read_bytes() == before
     assert inline == []
     assert not work_folder(out).exists()
-    code, printed, _ = run([*asked, "0.2", "--json", "--force"], capsys)
+    code, printed, _ = run([*asked, "--quantum", "2", "--json", "--force"], capsys)
     assert code == 0
-    assert {c["ratio"] for c in json.loads(printed)["cells"]} == {0.2}
+    assert json.loads(printed)["requested"]["quantum"] == 2
     assert (tmp_path / "out.previous" / "results.jsonl").read_bytes() == before
     (tmp_path / "mine").mkdir()
     mine = words(checkpoint(), notes, held_out, tmp_path / "mine", "--methods", "random", "--json")
     code, printed, _ = run(mine, capsys)
     assert (code, json.loads(printed)["error"]["code"]) == (2, "output-exists")
+
+
+def test_a_table_grows_by_what_is_new(
+    checkpoint: Checkpoints, notes: Path, held_out: Path, tmp_path: Path, inline: list[str]
+) -> None:
+    """More methods, ratios or layouts run the cells that are not there; other options are another cell."""
+
+    def made(methods: str, ratio: str, **more: str) -> list[dict[str, Any]]:
+        inline.clear()
+        found = secateur.compare(
+            checkpoint(), methods=methods, ratio=ratio, text=held_out, data=notes, samples=4, length=16, context=32,
+            output=tmp_path / "out", **more,
+        )  # fmt: skip
+        cells: list[dict[str, Any]] = found["cells"]
+        return cells
+
+    first = made("random", "0.1", layout="native")
+    assert inline.count("make_and_measure") == 3
+    both = made("random,magnitude", "0.1,0.2")
+    assert inline.count("make_and_measure") == 2 * 2 * 4 - 3
+    assert [
+        cell for cell in both if (cell["method"], cell["layout"], cell["ratio"]) == ("random", "native", 0.1)
+    ] == first
+    fewer = made("random", "0.2", layout="native")
+    assert inline == []
+    assert {cell["ratio"] for cell in fewer} == {0.2}
+    made("random", "0.2", layout="native", options={"random.spaces": "kv"})
+    assert inline.count("make_and_measure") == 3
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

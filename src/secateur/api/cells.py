@@ -45,7 +45,7 @@ def measure_dense(job: Job) -> dict[str, Any]:
     checkpoint, device = open_checkpoint(Path(job["model"])), resolve_device(job["device"])
     text = Text.read(job["text"], checkpoint, job["context"], job["trust_remote_code"])
     found = {**count(checkpoint), **_perplexity(checkpoint, text, job, device, None), "data": None}
-    if job["needs_data"]:
+    if job["prune"]["data"] is not None:
         found["data"] = _windows(job, checkpoint)
     return {**found, "machine": conditions(device)}
 

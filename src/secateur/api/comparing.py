@@ -17,7 +17,7 @@ from secateur.api.outputs import require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
 from secateur.data.sources import documents, read_text, source_files
-from secateur.engine.comparison import Cell, CompareRequest, Row, baseline_of, cells_of, rows_of, short_digest
+from secateur.engine.comparison import Cell, CompareRequest, Row, baseline_of, cells_of, rows_of
 from secateur.engine.journal import Journal
 from secateur.engine.prepare import resolve_device
 from secateur.engine.progress import Progress, Silent
@@ -58,7 +58,7 @@ def compare(
         ratio: shares of all parameters to remove.
         data: calibration text, for the methods that need it.
         text: held-out text for the perplexity, another one than ``data``.
-        output: folder for the results; one with unfinished results of the same request is continued.
+        output: folder for the results; cells that it has already, of the same model, texts and arguments, are not run again.
         progress: told what happens.
         more: ``samples``, ``length``, ``text_field``, ``options`` (by ``METHOD.option``), ``layout`` (``native``,
             ``per-layer`` or ``both``), ``context``, ``quantum``, ``tolerance``, ``device``, ``dtype``, ``seed``,
@@ -168,12 +168,11 @@ class _Run:
         if journal.resumed:
             self.told.note(f"{len(finished)} of {len(self.cells)} cells are done already")
         self.told.start("cells", len(self.cells))
-        mark = short_digest(self._fingerprint())
         for position, cell in enumerate(self.cells, 1):
             if _key(cell.key) not in finished:
                 figures = self._run(cell, workers, work)
                 self.told.note(f"{cell}: {_said(figures)}")
-                journal.add("cell", fingerprint=mark, **cell.key, **figures)
+                journal.add("cell", **cell.key, **figures)
             self.told.step(position)
 
     def _finished(self, journal: Journal) -> dict[str, dict[str, Any]]:
@@ -200,8 +199,7 @@ class _Run:
 
     def _dense_job(self) -> dict[str, Any]:
         arguments = {"data": self.request.data, **self._calibration(), "dtype": self.request.dtype}
-        needs = any(row.settings.data != "none" for row in self.rows)
-        return {**self._common(), "prune": arguments, "needs_data": needs, "seed": self.request.seed}
+        return {**self._common(), "prune": arguments, "seed": self.request.seed}
 
     def _common(self) -> dict[str, Any]:
         request = self.request
@@ -233,15 +231,12 @@ class _Run:
         }
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What the results follow from."""
+        """What all results follow from; what a cell adds is in its key."""
         request = self.request
         names = ("context", "quantum", "tolerance", "device", "dtype", "seed", "keep")
         return {
             "version": __version__,
             "model": model_digest(self.checkpoint),
-            "methods": {row.label: row.settings.model_dump(mode="json") for row in self.rows},
-            "ratio": request.ratios,
-            "layout": list(request.layouts),
             "data": None if request.data is None else _digest(source_files(request.data)) or request.data,
             "text": _digest([Path(str(request.text))]),
             **self._calibration(),
@@ -251,7 +246,7 @@ class _Run:
 
     def _results(self, dense: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         request = self.request
-        cells = [{key: v for key, v in record.items() if key not in ("step", "fingerprint")} for record in records]
+        cells = [{key: v for key, v in record.items() if key not in ("step", "settings")} for record in records]
         for cell in cells:
             if cell["state"] == "done":
                 cell["perplexity_before"] = dense["perplexity"]
@@ -280,7 +275,7 @@ class _Run:
 
 
 def _key(record: dict[str, Any]) -> str:
-    return json.dumps([record[name] for name in ("method", "layout", "ratio", "seed")])
+    return json.dumps([record[name] for name in ("method", "settings", "layout", "ratio", "seed")])
 
 
 def _said(figures: dict[str, Any]) -> str:

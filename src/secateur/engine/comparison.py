@@ -82,8 +82,10 @@ class Cell:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells it from the other cells of its comparison."""
-        return {"method": self.row.label, "layout": self.layout, "ratio": self.ratio, "seed": self.seed}
+        """What tells it from other cells of the same model, texts and arguments."""
+        settings = _short_digest(self.row.settings.model_dump(mode="json"))
+        row = {"method": self.row.label, "settings": settings}
+        return {**row, "layout": self.layout, "ratio": self.ratio, "seed": self.seed}
 
     @property
     def name(self) -> str:
@@ -170,6 +172,6 @@ def baseline_of(rows: Sequence[Row]) -> str:
     return BASELINE if BASELINE in labels else labels[0]
 
 
-def short_digest(content: Mapping[str, Any]) -> str:
+def _short_digest(content: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits of the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
