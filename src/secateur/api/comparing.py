@@ -58,7 +58,7 @@ def compare(
         ratio: shares of all parameters to remove.
         data: calibration text, for the methods that need it.
         text: held-out text for the perplexity, another one than ``data``.
-        output: folder for the results; cells that it has already, of the same model, texts and arguments, are not run again.
+        output: folder for the results; cells of the same model, texts and arguments that it has are not run again.
         progress: told what happens.
         more: ``samples``, ``length``, ``text_field``, ``options`` (by ``METHOD.option``), ``layout`` (``native``,
             ``per-layer`` or ``both``), ``context``, ``quantum``, ``tolerance``, ``device``, ``dtype``, ``seed``,
