@@ -26,6 +26,11 @@ class Table:
     savings: Tensor
     fine: bool = False
 
+    def more(self, cost: float, saving: float) -> Table:
+        """The table with one choice more."""
+        costs, savings = self.costs.new_tensor([cost]), self.savings.new_tensor([saving])
+        return Table(torch.cat([self.costs, costs]), torch.cat([self.savings, savings]), self.fine)
+
 
 def cheapest(tables: Sequence[Table], need: float) -> list[int]:
     """One choice per table that together save what is needed at about the least cost.

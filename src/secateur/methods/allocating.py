@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,65 @@ from secateur.families.limits import refusals
 from secateur.families.sizes import BlockSizes
 
 _VALUE_STEPS = 16  # of a head's dimensions
+_NO_FFN: Mapping[str, Any] = {"ffn": 0, "experts": 0, "shared": 0}
+_FACTORS = (0.4, 10.0)  # below 1/e a calibrated curve would fall
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What the spaces lose with their sizes, in nats per token.
+
+    Second order is right for small cuts; of a whole branch the loss can be measured. Between the two the correction
+    grows with the loss: L becomes L f^(L / L_all), f being measured over predicted.
+
+    Attributes:
+        lost: ``ffn.I``, ``kv.I`` and ``value.I``: with so many units of block I gone; ``value.I`` for each group.
+        factors: f of ``ffn.I`` and ``kv.I``, where it was measured.
+    """
+
+    lost: Mapping[str, Tensor]
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def measured(self, losses: Mapping[str, float]) -> Curves:
+        """The same, calibrated by losses without a whole branch."""
+        bounds = (torch.tensor(bound, dtype=torch.float64) for bound in _FACTORS)
+        low, high = bounds
+        factors = {
+            name: float((loss / self.lost[name][-1].clamp(min=1e-12)).clamp(low, high)) for name, loss in losses.items()
+        }
+        return Curves(self.lost, factors)
+
+    def _calibrated(self, name: str, lost: Tensor) -> Tensor:
+        share = lost / self.lost[name][-1].clamp(min=1e-12)
+        return lost * self.factors.get(name, 1.0) ** share
+
+    def ffn(self, block: int) -> Tensor:
+        """Of the FFN of a block, [neurons + 1]."""
+        name = f"ffn.{block}"
+        return self._calibrated(name, self.lost[name])
+
+    def has_attention(self, block: int) -> bool:
+        """Whether the attention of a block can be cut at all."""
+        return f"kv.{block}" in self.lost
+
+    def has_values(self, block: int) -> bool:
+        """Whether the values of a block can be cut."""
+        return f"value.{block}" in self.lost
+
+    def attention(self, block: int, gone: int, kv: int, dropped: int) -> float:
+        """Of the attention of a block without some groups, the others without some value dimensions."""
+        if not self.has_attention(block):
+            return 0.0
+        name = f"kv.{block}"
+        lost = self.lost[name][gone]
+        if dropped:
+            lost = lost + self.lost[f"value.{block}"][dropped] * kv
+        return float(self._calibrated(name, lost))
+
+    def whole(self, block: int) -> float:
+        """Of a whole block."""
+        attention = self.attention(block, -1, 0, 0)
+        return attention + float(self.ffn(block)[-1])
 
 
 class Allocation:
@@ -24,21 +83,24 @@ class Allocation:
 
     Args:
         budget: the request.
-        curves: ``ffn.I``, ``kv.I`` and ``value.I``: what is lost with so many units of block I gone, in nats.
+        curves: what is lost.
         values: whether value heads may lose dimensions.
         branches: whether whole branches may go.
-        base: sizes to start from, with a narrower stream; the dense ones when omitted.
+        base: sizes to start from, with a narrower stream or fewer blocks; the dense ones when omitted.
+        places: which dense blocks those of ``base`` are; all when omitted.
     """
 
     def __init__(
         self,
         budget: Budget,
-        curves: Mapping[str, Tensor],
+        curves: Curves,
         values: bool,
         branches: bool,
         base: Sizes | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.budget, self.curves, self.base = budget, curves, base or budget.sizes
+        self.places = range(len(self.base.blocks)) if places is None else places
         self.layered = budget.layout == "per-layer"
         self._cuts_kv = not refusals(budget.architecture, "kv", budget.layout)
         self._step = budget.step("ffn")
@@ -61,18 +123,13 @@ class Allocation:
     def predicted(self, sizes: Sizes) -> float:
         """What the curves say that sizes lose, in nats per token."""
         total = 0.0
-        for index, (before, after) in enumerate(zip(self.base.blocks, sizes.blocks, strict=False)):
-            total += float(self.curves[f"ffn.{index}"][before.ffn - after.ffn])
-            total += self._attention_cost(index, before, after.kv, after.value)
+        for place, before, after in zip(self.places, self.base.blocks, sizes.blocks, strict=True):
+            total += float(self.curves.ffn(place)[before.ffn - after.ffn])
+            total += self._attention_cost(place, before, after.kv, after.value)
         return total
 
-    def _attention_cost(self, index: int, before: BlockSizes, kv: int, value: int) -> float:
-        if f"kv.{index}" not in self.curves:
-            return 0.0
-        lost = float(self.curves[f"kv.{index}"][before.kv - kv])
-        if value:
-            lost += float(self.curves[f"value.{index}"][self.base.head - value]) * kv
-        return lost
+    def _attention_cost(self, place: int, before: BlockSizes, kv: int, value: int) -> float:
+        return self.curves.attention(place, before.kv - kv, kv, self.base.head - value if value else 0)
 
     def _at(self, share: float) -> Sizes:
         return self._saving((1 - share) * self._most)
@@ -85,16 +142,31 @@ class Allocation:
     @cached_property
     def _options(self) -> list[list[tuple[int, int]]]:
         """(groups, value dimensions) that the attention of each block may keep, all of them first."""
-        head = self.base.head
+        head, curves = self.base.head, self.curves
         found = []
-        for index, block in enumerate(self.base.blocks):
-            groups = range(block.kv, 0, -1) if f"kv.{index}" in self.curves and self._cuts_kv else [block.kv]
+        for index, (place, block) in enumerate(zip(self.places, self.base.blocks, strict=True)):
+            groups = range(block.kv, 0, -1) if curves.has_attention(place) and self._cuts_kv else [block.kv]
             step = max(1, head // _VALUE_STEPS)
-            narrow = [0, *range(head - step, 0, -step)] if self._values and f"value.{index}" in self.curves else [0]
+            narrow = [0, *range(head - step, 0, -step)] if self._values and curves.has_values(place) else [0]
             found.append([(kv, value) for kv in groups for value in narrow])
-            if self._gone and f"kv.{index}" in self.curves and not self.budget.problems(self._with(index, kv=0)):
+            if self._gone and index != self._attends and not self.budget.problems(self._with(index, kv=0)):
                 found[-1].append((0, 0))
         return found
+
+    @cached_property
+    def _attends(self) -> int | None:
+        """The block whose attention stays, without which no model works: of those that can stay alone the dearest."""
+        blocks = self.base.blocks
+        every = [replace(block, kv=0) for block in blocks]
+        dearest = sorted(
+            (index for index, place in enumerate(self.places) if self.curves.has_attention(place)),
+            key=lambda index: -self.curves.attention(self.places[index], -1, 0, 0),
+        )
+        for index in dearest:
+            alone = (*every[:index], blocks[index], *every[index + 1 :])
+            if not self.budget.problems(replace(self.base, blocks=alone)):
+                return index
+        return dearest[0] if dearest else None
 
     def _saved(self, index: int, **change: Any) -> int:
         """Parameters that a change of one block saves."""
@@ -105,12 +177,14 @@ class Allocation:
     def _tables(self) -> list[Table]:
         """Of every block, that of its FFN and that of its attention."""
         tables = []
-        for index, block in enumerate(self.base.blocks):
-            saving = self._saved(index, ffn=block.ffn - 1)
-            curve = self.curves[f"ffn.{index}"]
-            tables.append(steps(curve[: len(curve) - self._step], self._step, saving))
+        for index, (place, block) in enumerate(zip(self.places, self.base.blocks, strict=True)):
+            saving, curve = self._saved(index, ffn=block.ffn - 1), self.curves.ffn(place)
+            widths = steps(curve[: len(curve) - self._step], self._step, saving)
+            if self._gone and not block.shared and not self.budget.problems(self._with(index, **_NO_FFN)):
+                widths = widths.more(float(curve[-1]), self._saved(index, **_NO_FFN))
+            tables.append(widths)
             options = self._options[index]
-            lost = [self._attention_cost(index, block, *option) for option in options]
+            lost = [self._attention_cost(place, block, *option) for option in options]
             saved = [self._saved(index, kv=kv, value=value) for kv, value in options]
             tables.append(Table(torch.tensor(lost, dtype=torch.float64), torch.tensor(saved, dtype=torch.float64)))
         return tables
@@ -120,7 +194,8 @@ class Allocation:
         blocks = []
         for index, block in enumerate(self.base.blocks):
             kv, value = self._options[index][chosen[2 * index + 1]]
-            blocks.append(replace(block, ffn=block.ffn - self._step * chosen[2 * index], kv=kv, value=value))
+            ffn = block.ffn - self._step * chosen[2 * index]
+            blocks.append(replace(block, kv=kv, value=value, **({"ffn": ffn} if ffn >= self._step else _NO_FFN)))
         return replace(self.base, blocks=tuple(blocks))
 
     # -- blocks that are all alike ---------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ arXiv:2406.10594. With whole blocks as units it is the greedy search of SLEB (ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Iterator
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -17,23 +16,10 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes
-from secateur.families.roles import ATTENTION_WRITERS
 from secateur.methods.base import Method, Study
+from secateur.methods.branch import WRITERS, Branch, without
 from secateur.plans import Chart, Plan
 from secateur.spaces import Kind
-
-_WRITERS = {"attention": ATTENTION_WRITERS, "ffn": ("down",)}
-
-
-@dataclass(frozen=True, order=True)
-class Branch:
-    """What can go at once: branches of one block."""
-
-    block: int
-    parts: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"blocks.{self.block}" + (f".{self.parts[0]}" if len(self.parts) == 1 else "")
 
 
 class BlockPruner(Method):
@@ -66,7 +52,7 @@ class BlockPruner(Method):
         """All that could go, in the order of the blocks."""
         if self.units == "blocks":
             return [Branch(block, ("attention", "ffn")) for block in range(len(sizes.blocks))]
-        parts = (self.units,) if self.units in _WRITERS else ("attention", "ffn")
+        parts = (self.units,) if self.units in WRITERS else ("attention", "ffn")
         return [Branch(i, (part,)) for i, block in enumerate(sizes.blocks) for part in parts if block.has(part)]
 
     def sizes(self, budget: Budget) -> Sizes:
@@ -98,7 +84,7 @@ class BlockPruner(Method):
     def decide(self, study: Study) -> Plan:
         budget, before = study.budget, study.budget.sizes
         units, gone, path = self.candidates(before), list[Branch](), [before]
-        silent = {unit: self._silent(study, unit) for unit in units}
+        silent = {unit: unit.silent(study) for unit in units}
         edits: dict[str, Tensor] = {}
         losses = [study.trials.settle()]
         while not self._enough(budget, path[-1], len(gone), len(units)):
@@ -125,24 +111,6 @@ class BlockPruner(Method):
             "trials": study.trials.count,
         }
         return Plan(before, after, {"blocks": kept} if removed else {}, notes=notes, charts=(_chart(losses, taken),))
-
-    def _silent(self, study: Study, unit: Branch) -> dict[str, Tensor]:
-        """The matrices by which a unit writes the stream, silenced."""
-        roles = tuple(role for part in unit.parts for role in _WRITERS[part])
-        tensors = study.view(unit.block, roles).tensors
-        return {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in tensors.items()}
-
-
-def without(sizes: Sizes, gone: Sequence[Branch]) -> Sizes:
-    """Sizes without some branches: blocks that lose both at once leave, the others stay in their place."""
-    blocks = dict(enumerate(sizes.blocks))
-    for unit in gone:
-        if len(unit.parts) > 1:
-            del blocks[unit.block]
-            continue
-        change: dict[str, Any] = {"kv": 0} if unit.parts == ("attention",) else {"ffn": 0, "experts": 0, "shared": 0}
-        blocks[unit.block] = replace(blocks[unit.block], **change)
-    return replace(sizes, blocks=tuple(blocks.values()))
 
 
 def _chart(losses: list[float], taken: int) -> Chart:

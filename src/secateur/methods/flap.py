@@ -168,7 +168,7 @@ class Flap(Method):
             flag: dict[str, Any] = {f"{role}_bias": False}
             if count == space.size:
                 blocks[space.place] = replace(blocks[space.place], **flag)
-            elif bias in view.tensors or getattr(plan.after.blocks[space.place], f"{role}_bias"):
+            elif bias in view.tensors or getattr(plan.sizes_of(space.place), f"{role}_bias"):
                 reader = view.reader(space)
                 gone = torch.ones(space.size, dtype=torch.bool)
                 gone[plan.kept[space.name]] = False

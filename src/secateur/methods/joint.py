@@ -8,7 +8,7 @@ least squares on the signals behind the cuts before it, towards what the dense m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,8 +27,9 @@ from secateur.families.roles import TABLES, writes_stream
 from secateur.mends import aim, refit, silenced
 from secateur.mends.gains import aim_gains
 from secateur.mends.values import HeadBases, head_bases
-from secateur.methods.allocating import Allocation
+from secateur.methods.allocating import Allocation, Curves
 from secateur.methods.base import Method, Study
+from secateur.methods.branch import Branch
 from secateur.methods.narrowing import ffn_spaces, may_narrow, mean_gram, stream_curve, stream_summary, stream_widths
 from secateur.plans import Mend, Plan
 from secateur.scores.elimination import Elimination, eliminate
@@ -39,9 +40,16 @@ _READERS = (("q", "k", "v"), ("gate", "up"))
 
 @dataclass(frozen=True)
 class _Start:
-    """The stream that the other spaces are cut beside: its width, what it loses, its basis, the embedding in it."""
+    """What the other spaces are cut beside: the blocks that stay and the stream, its basis, the embedding in it.
 
-    width: int
+    Attributes:
+        sizes: with the stream and the blocks alone cut.
+        blocks: which blocks stay.
+        lost: what that costs, in nats per token.
+    """
+
+    sizes: Sizes
+    blocks: Sequence[int]
     lost: float = 0.0
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,8 +67,11 @@ class Joint(Method):
     passes: int | None = Field(
         None, ge=1, le=4, description="rounds of statistics, allocation and cuts (default: 2 per-layer, 1 native)"
     )
+    trials: int = Field(
+        30, ge=0, le=30, description="losses without a whole branch, the cheapest first, that calibrate the curves"
+    )
     values: bool = Field(True, description="also drop dimensions of value heads (per-layer layout)")
-    branches: bool = Field(True, description="also drop whole attention branches (per-layer layout)")
+    branches: bool = Field(True, description="also drop whole branches (per-layer layout) or blocks (native)")
     stream: bool = Field(True, description="also narrow the residual stream (RMSNorm, and a head of its own)")
     damping: PositiveFloat = Field(1e-3, description="ridge of the least squares, over the Gram's mean diagonal")
 
@@ -125,40 +136,83 @@ class Joint(Method):
 
     def decide(self, study: Study) -> Plan:
         names = [name for name in study.summaries if name.split(".")[0] in ("ffn", "kv", "value")]
-        curves = {name: next(iter(study.summaries[name])) for name in names}
-        last = study.round == self.rounds - 1
-        make = partial(Allocation, study.budget, curves, self.values and last, self.branches)
-        if study.previous is not None:
-            start = _Start(study.budget.sizes.residual, bases=study.previous.bases)
-            allocation = make(replace(study.budget.sizes, residual=study.previous.after.residual))
+        curves = Curves({name: next(iter(study.summaries[name])) for name in names})
+        last, previous = study.round == self.rounds - 1, study.previous
+        make = partial(Allocation, study.budget, values=self.values and last, branches=self.branches)
+        if previous is None:
+            curves = curves.measured(self._tried(study, curves))
+            start, allocation = self._started(study, curves, partial(make, curves))
         else:
-            start, allocation = self._narrowed(study, make)
+            curves = replace(curves, factors=previous.notes["calibration"])
+            sizes = replace(study.budget.sizes.kept_blocks(previous.blocks), residual=previous.after.residual)
+            sizes = replace(sizes, tied=previous.after.tied)
+            start = _Start(sizes, previous.blocks, bases=previous.bases)
+            allocation = make(curves, base=sizes, places=previous.blocks)
         after = allocation.solve((study.round + 1) / self.rounds)
-        notes = {"predicted_loss": round(start.lost + allocation.predicted(after), 4)}
-        return Plan(study.budget.sizes, after, bases=start.bases, edits=start.edits, notes=notes)
+        notes = {
+            "predicted_loss": round(start.lost + allocation.predicted(after), 4),
+            "calibration": {name: round(factor, 4) for name, factor in curves.factors.items()},
+        }
+        whole = len(start.blocks) == len(study.budget.sizes.blocks)
+        kept = {} if whole else {"blocks": torch.tensor(start.blocks)}
+        return Plan(study.budget.sizes, after, kept, bases=start.bases, edits=start.edits, notes=notes)
 
-    def _narrowed(self, study: Study, make: Callable[[Sizes], Allocation]) -> tuple[_Start, Allocation]:
-        """Of all widths of the stream the one with which everything together is expected to lose least."""
-        sizes = study.budget.sizes
-        best, least = make(sizes), float("inf")
-        with suppress(RequestError):
-            least = best.predicted(best.solve(1))
-        if "stream" not in study.summaries or refusals(study.budget.architecture, "residual", study.budget.layout):
-            return _Start(sizes.residual), best
-        directions, costs = stream_curve(study)
-        start = _Start(sizes.residual)
-        for narrow in stream_widths(study.budget):
-            found, cost = make(replace(sizes, residual=narrow)), float(costs[narrow])
-            with suppress(RequestError):  # the target lies elsewhere
-                expected = cost + found.predicted(found.solve(1))
-                if expected < least:
-                    best, least, start = found, expected, _Start(narrow, cost)
-        if start.width == sizes.residual:
-            return start, best
-        basis = directions[:, : start.width].contiguous()
+    def _tried(self, study: Study, curves: Curves) -> dict[str, float]:
+        """What the network loses without a whole branch, by the name of its curve."""
+        parts = {"ffn": "ffn", "kv": "attention"}
+        ends = {name: float(curve[-1]) for name, curve in curves.lost.items() if name.split(".")[0] in parts}
+        chosen = sorted(ends, key=ends.__getitem__)[: max(0, self.trials - 1)]
+        if not chosen:
+            return {}
+        dense, found = study.trials.settle(), {}
+        for number, name in enumerate(chosen, 1):
+            study.progress(number, len(chosen), "trial")
+            kind, _, block = name.partition(".")
+            found[name] = study.trials.loss(Branch(int(block), (parts[kind],)).silent(study)) - dense
+        return found
+
+    def _started(self, study: Study, curves: Curves, make: Callable[..., Allocation]) -> tuple[_Start, Allocation]:
+        """Of all widths of the stream and numbers of blocks that with which everything is expected to lose least."""
+        budget, sizes = study.budget, study.budget.sizes
+        directions, stream = stream_curve(study) if "stream" in study.summaries else (torch.zeros(0), torch.zeros(0))
+        best: tuple[_Start, Allocation] | None = None
+        least = float("inf")
+        for blocks, lost in self._depths(budget, curves):
+            base = sizes.kept_blocks(blocks)
+            bases = [(base, lost)]
+            if len(directions):
+                narrow = replace(base, tied=False)
+                bases += [(replace(narrow, residual=w), lost + float(stream[w])) for w in stream_widths(budget, narrow)]
+            for each, cost in bases:
+                if cost >= least:
+                    continue
+                allocation = make(base=each, places=blocks)
+                with suppress(RequestError):  # the target lies elsewhere
+                    expected = cost + allocation.predicted(allocation.solve(1))
+                    if expected < least:
+                        best, least = (_Start(each, blocks, cost), allocation), expected
+        if best is None:  # says what is reached
+            allocation = make()
+            best = _Start(allocation.solve(1), list(range(len(sizes.blocks)))), allocation
+        start, allocation = best
+        width = start.sizes.residual
+        if width == sizes.residual:
+            return best
+        basis = directions[:, :width].contiguous()
         tables = study.view(None, TABLES).tensors
         projected = {name: table.double() @ basis @ basis.t() for name, table in tables.items()}
-        return replace(start, bases={SHARED: basis}, edits=projected), best
+        return replace(start, bases={SHARED: basis}, edits=projected), allocation
+
+    def _depths(self, budget: Budget, curves: Curves) -> Iterator[tuple[list[int], float]]:
+        """Which blocks stay without 0, 1, 2... of them, and what that costs."""
+        blocks, lost = list(range(len(budget.sizes.blocks))), 0.0
+        yield blocks, lost
+        if not self.branches or budget.layout != "native" or refusals(budget.architecture, "blocks", "native"):
+            return
+        for gone in sorted(blocks, key=curves.whole)[:-1]:
+            blocks, lost = [block for block in blocks if block != gone], lost + curves.whole(gone)
+            if not budget.problems(budget.sizes.kept_blocks(blocks)):
+                yield blocks, lost
 
     # -- cut and mend ----------------------------------------------------------------------------------------------
 
@@ -186,7 +240,7 @@ class Joint(Method):
         """Which key/value groups stay, in how many value dimensions; what reads them aims at the dense stream."""
         if view.place is None or "out.gram" not in evidence:
             return Mend()
-        (space,), after = view.spaces("kv"), plan.after.blocks[view.place]
+        (space,), after = view.spaces("kv"), plan.sizes_of(view.place)
         reader = view.reader(space)
         if not after.kv:
             return Mend(edits={reader.name: torch.zeros_like(reader.values)})
@@ -194,7 +248,7 @@ class Joint(Method):
         gram, target = silenced(evidence["out.gram"], _target(view, evidence, "out"), prior, reader.span)
         metric = evidence["fisher.attention"]
         weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
-        chosen = eliminate(weight, gram / count, metric, reader.span)
+        chosen = eliminate(weight, gram / count, metric, reader.span, left=after.kv)
         kept, edits, scores = {}, {}, {}
         columns = torch.arange(len(gram), device=gram.device)
         if after.kv < space.size:
@@ -218,7 +272,7 @@ class Joint(Method):
         """Which neurons stay; what reads them aims at the dense stream."""
         kept, edits, scores = {}, {}, {}
         assert view.place is not None
-        after = plan.after.blocks[view.place]
+        after = plan.sizes_of(view.place)
         for space in view.spaces("ffn"):
             reader = view.reader(space)
             left = after.shared if space.expert == "shared" else after.ffn
@@ -228,7 +282,7 @@ class Joint(Method):
             count, prior = float(evidence[f"{reader.key}.count"]), plan.kept.get(space.name)
             gram, target = silenced(evidence[f"{reader.key}.gram"], _target(view, evidence, reader.key), prior, 1)
             weight = reader.values.to(gram) if target is None else aim(reader.values, gram, target, self.damping)
-            chosen = eliminate(weight, gram / max(count, 1.0), evidence["fisher.ffn"])
+            chosen = eliminate(weight, gram / max(count, 1.0), evidence["fisher.ffn"], left=left)
             kept[space.name] = chosen.kept(left)
             scores[space.name] = _ranks(chosen)
             edits[reader.name] = refit(weight, gram, kept[space.name], self.damping, target)

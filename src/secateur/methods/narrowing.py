@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.budgets import Budget
-from secateur.families import Architecture
+from secateur.families import Architecture, Sizes
 from secateur.families.limits import refusals
 from secateur.methods.base import Study
 from secateur.spaces import BlockView, Space
@@ -22,9 +22,9 @@ _LEAST = 0.6  # of the stream
 
 
 def may_narrow(architecture: Architecture) -> bool:
-    """Whether some layout can narrow the stream in one basis at no other cost: RMSNorm, and a head of its own."""
+    """Whether some layout can narrow the stream in one basis: RMSNorm; a tied head gets a table of its own then."""
     plain = architecture.family.norm == "rms" and not architecture.parallel and "out" in architecture.roles
-    return plain and not architecture.sizes.tied and not refusals(architecture, "residual", "per-layer")
+    return plain and not refusals(architecture, "residual", "per-layer")
 
 
 def ffn_spaces(view: BlockView) -> list[Space]:
@@ -86,9 +86,10 @@ def stream_curve(study: Study) -> tuple[Tensor, Tensor]:
     return directions, torch.cat([tails, tails.new_zeros(1)])
 
 
-def stream_widths(budget: Budget) -> list[int]:
-    """Widths to try, the widest first."""
-    sizes = budget.sizes
+def stream_widths(budget: Budget, sizes: Sizes) -> list[int]:
+    """Widths to try from some sizes on, the widest first."""
+    if refusals(budget.architecture, "residual", budget.layout):
+        return []
     widths = [w for w in budget.reachable("residual", sizes) if _LEAST * sizes.residual <= w < sizes.residual]
     step = -(-len(widths) // _WIDTHS) if widths else 1
     return widths[::-1][::step]

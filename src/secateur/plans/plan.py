@@ -19,6 +19,7 @@ from secateur.checkpoints import TensorHeader, TensorWriter
 from secateur.errors import InternalError, refuse
 from secateur.families import Sizes
 from secateur.families.resizing import sizes_of
+from secateur.families.sizes import BlockSizes
 from secateur.plans.chart import Chart
 
 
@@ -208,6 +209,10 @@ class Plan:
         """Indices of the surviving blocks."""
         kept = self.kept.get("blocks")
         return list(range(len(self.before.blocks))) if kept is None else [int(i) for i in kept]
+
+    def sizes_of(self, block: int) -> BlockSizes:
+        """Sizes of a surviving block, by its index in the dense model."""
+        return self.after.blocks[self.blocks.index(block)]
 
     def edits_of(self, place: int | None) -> dict[str, Tensor]:
         """The edits of one place, loaded."""
