@@ -39,7 +39,7 @@ GOAL = 3.0
 LAYERS, WINDOWS, LENGTH, VOCAB = 12, 64, 1024, 16384
 EVERY = 4
 """Rows between two forward passes."""
-PEERS = {"flap": "per-layer", "cfsp": "per-layer", "slicegpt": "per-layer"}
+PEERS = {"flap": "per-layer", "cfsp": "per-layer", "slicegpt": "per-layer", "llm_pruner": "native"}
 """Repositories that peer_one_shot.py can run, and the layout whose row they stand beside."""
 PEER_NOTE = (
     "peers run their released pruning code on the same checkpoint, tokens, threads and machine, warmed by an eighth of "
@@ -54,6 +54,7 @@ class Row:
     Attributes:
         shape: ``llama`` or ``opt``.
         limited: whether the goal is for it.
+        tokens: windows and their length, if not those of all rows.
     """
 
     shape: str
@@ -61,11 +62,16 @@ class Row:
     layout: str
     options: dict[str, Any] = field(default_factory=dict)
     limited: bool = True
+    tokens: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         words = (f"{key}={value}" for key, value in self.options.items())
         return " ".join([self.shape, self.method, self.layout, *words])
+
+    def counted(self, windows: int) -> tuple[int, int]:
+        """Windows and their length, where the others have so many windows."""
+        return self.tokens or (windows, LENGTH)
 
 
 ROWS = (
@@ -81,6 +87,7 @@ ROWS = (
     Row("llama", "dynamic_slicing", "per-layer"),
     Row("llama", "slicegpt", "native"),
     Row("llama", "slicegpt", "per-layer", limited=False),
+    Row("llama", "llm_pruner", "native", limited=False, tokens=(8, 512)),  # whole backward passes fit in memory
     *(Row("opt", method, "native", limited=False) for method in ("fasp", "flap", "cfsp", "modegpt", "shortgpt")),
 )
 
@@ -141,7 +148,8 @@ class Bench:
             spent = measure(command, environment).json
             return named("prune", Spent(spent["prune_s"], spent["prune_cpu_s"]))
         except SystemExit as failure:
-            return {"failed": str(failure).splitlines()[-1][:200]}
+            print(failure, file=sys.stderr)
+            return {"failed": "the peer's code did not run to its end"}
 
 
 def named(what: str, *spent: Spent) -> dict[str, float]:
@@ -156,11 +164,11 @@ def times(one: dict[str, Any], what: str, other: dict[str, Any]) -> str:
     return f"{wall:.2f} x ({processor:.2f} x in processor time)"
 
 
-def goals(rows: dict[str, Any], peers: dict[str, Any], tokens: str) -> list[Goal]:
+def goals(rows: dict[str, Any], peers: dict[str, Any], windows: int) -> list[Goal]:
     """What the table says of the rows so far."""
     found = []
     for row in (row for row in ROWS if row.name in rows):
-        ours = rows[row.name]
+        ours, tokens = rows[row.name], "{} x {} tokens".format(*row.counted(windows))
         what = f"`{row.name}`, ratio {RATIO}, {tokens}, against one plain forward pass"
         met = all(ours[f"prune_{unit}"] <= GOAL * ours[f"forward_{unit}"] for unit in ("s", "cpu_s"))
         found.append(
@@ -191,12 +199,12 @@ def run(arguments: argparse.Namespace, told: Callable[[dict[str, Any], dict[str,
         told: given the figures of rows and peers whenever there are more.
     """
     small = arguments.small
-    windows, length = (8, 64) if small else (arguments.windows, LENGTH)
     sizes = (256, 2, 4, 512, 512) if small else (768, arguments.layers, 12, 2048, VOCAB)
     peers = dict(pair.split("=", 1) for pair in arguments.peer)
     rows = chosen(arguments)
-    for shape in dict.fromkeys(row.shape for row in rows):
-        mine = [row for row in rows if row.shape == shape]
+    for shape, tokens in dict.fromkeys((row.shape, row.tokens) for row in rows):
+        mine = [row for row in rows if (row.shape, row.tokens) == (shape, tokens)]
+        windows, length = (8, 64) if small else mine[0].counted(arguments.windows)
         with work_folder(arguments.work, 8 * 2**30) as work:
             bench = Bench(work, shape, sizes, windows, length)
             before = bench.forward()
@@ -243,7 +251,7 @@ def main() -> None:
             NAME,
             "one-shot methods on shapes of 100 M parameters",
             dict(where),
-            goals(rows, peers, f"{arguments.windows} x {LENGTH} tokens"),
+            goals(rows, peers, arguments.windows),
             {"rows": rows, "peers": peers},
             [
                 f"llama: hidden 768, {LAYERS} layers, ffn 2048, vocabulary {VOCAB}; opt: ffn 3072, else the same; "
@@ -261,8 +269,8 @@ def main() -> None:
     def told(more: dict[str, Any], beside: dict[str, Any]) -> None:
         rows.update(more)
         peers.update(beside)
-        for name, figures in more.items():
-            print(name, times(figures, "forward", figures), beside.get(name, ""), file=sys.stderr)
+        name, figures = list(more.items())[-1]
+        print(name, times(figures, "forward", figures), beside.get(name, ""), file=sys.stderr, flush=True)
         if whole:
             keep(result())
 

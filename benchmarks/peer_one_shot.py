@@ -79,7 +79,38 @@ def slicegpt(model: Any, ids: Any, ratio: float) -> Callable[[], None]:
     return run
 
 
-PEERS = {"flap": flap, "cfsp": cfsp, "slicegpt": slicegpt}
+def llm_pruner(model: Any, ids: Any, ratio: float) -> Callable[[], None]:
+    """LLM-Pruner: one backward pass over all tokens, then ``MetaPruner.step`` on every block, as its script does."""
+    import LLMPruner.torch_pruning as pruning
+    from LLMPruner.models.hf_llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
+    from LLMPruner.pruner import hf_llama_pruner as parts
+
+    own = LlamaForCausalLM.from_pretrained(model.name_or_path, torch_dtype=torch.float32).eval()  # what it can trace
+
+    def run() -> None:
+        layers = own.model.layers
+        pruner = pruning.pruner.MetaPruner(
+            own,
+            ids[:2, :8],
+            importance=parts.TaylorImportance(group_reduction="sum", taylor="param_first"),
+            global_pruning=False,
+            iterative_steps=1,
+            ch_sparsity=ratio,
+            ignored_layers=[],
+            channel_groups={},
+            consecutive_groups={layer.self_attn.q_proj: layer.self_attn.head_dim for layer in layers},
+            customized_pruners={LlamaRMSNorm: parts.hf_rmsnorm_pruner},
+            root_module_types=None,
+            root_instances=[root for layer in layers for root in (layer.self_attn.q_proj, layer.mlp.gate_proj)],
+        )
+        own.zero_grad()
+        own(ids, labels=ids).loss.backward()
+        pruner.step()
+
+    return run
+
+
+PEERS = {"llm_pruner": llm_pruner, "flap": flap, "cfsp": cfsp, "slicegpt": slicegpt}
 """Adapter of each repository."""
 ROOTS = {"slicegpt": "src"}
 """Where in its checkout a repository's packages lie, if not at the top."""
