@@ -173,6 +173,20 @@ def test_a_block_goes_on_from_what_its_readers_read_to_the_bit(
     assert all(map(torch.equal, *found))
 
 
+def test_a_block_runs_again_whole_where_its_readers_inputs_are_too_many(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.engine.readers._LARGEST", 0)
+    source = Checkpoint(Folder(checkpoint("llama", torch.float32)))
+    runner = BlockRunner(source.architecture, torch.float32, torch.device("cpu"), source.rest())
+    walk, tensors = Walk(source, runner, models.token_ids(), tmp_path, "walk"), source.read(0)
+    walk.run(tensors, Taps(runner, 0, {"down.gram"}), advance=False)
+    calls: list[int] = []
+    runner.blocks[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    walk.run(tensors)
+    assert len(calls) == len(walk.activations.batches)
+
+
 def _trials(source: Checkpoint, ids: Tensor, folder: Path) -> CalibrationTrials:
     return CalibrationTrials(source, ids, DOUBLE, torch.device("cpu"), folder, Journal(folder, {}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from secateur.engine.activations import Activations, stored
 from secateur.engine.blocks import BlockRunner
 from secateur.families.roles import ATTENTION_WRITERS, branch_of
 
-_LARGEST = 16 * 2**30  # bytes on disk of what is kept for one branch; above it blocks run again whole
+_LARGEST = 16 * 2**30  # bytes of what is kept for one branch, on a disk with twice as many free; above it, nothing is
 _WRITERS = ("up", "gate")
 _READER = "down"
 
@@ -157,7 +158,8 @@ class Readers:
         shape = (*self._activations.ids.shape, width)
         known = self._inputs.get(role)
         if known is None or known.shape != shape or known.dtype != dtype:
-            if self._activations.ids.numel() * width * dtype.itemsize > _LARGEST:
+            needed = self._activations.ids.numel() * width * dtype.itemsize
+            if needed > min(_LARGEST, shutil.disk_usage(self._path.parent).free // 2):
                 return None
             self._inputs[role] = stored(self._path.with_suffix(f".{role}.bin"), shape, dtype)
         return self._inputs[role]
