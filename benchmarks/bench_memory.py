@@ -1,6 +1,8 @@
-"""Calibrated SliceGPT on a 1.3 B Llama shape in bfloat16: peak anonymous memory of the command."""
+"""Calibrated prunes of a 1.3 B Llama shape in bfloat16: peak anonymous memory of the command."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from common import (
     GIB,
@@ -19,21 +21,20 @@ from common import (
 )
 
 RATIO = 0.25
+METHODS = ("slicegpt", "fasp")
 
 
-def main() -> None:
+def measured(method: str, small: bool, work: Path | None) -> Result:
     """One process of the command line, watched from outside."""
-    arguments = parser(__doc__ or "").parse_args()
-    small = arguments.small
     windows, length = (8, 64) if small else (16, 2048)
     hidden, layers, heads, ffn, vocab = (64, 2, 4, 160, 512) if small else (2048, 24, 16, 5504, 32000)
     where = conditions()
-    with work_folder(arguments.work, 8 * GIB) as work:
+    with work_folder(work, 12 * GIB) as folder:
         config = llama_config(hidden, layers, heads, ffn, vocab, 2048, "bfloat16")
-        size = write_checkpoint(work / "model", config)
-        data = write_ids(work / "ids.npy", vocab, windows, length)
+        size = write_checkpoint(folder / "model", config)
+        data = write_ids(folder / "ids.npy", vocab, windows, length)
         command = secateur(
-            "prune", work / "model", "-o", work / "pruned", "--method", "slicegpt", "--ratio", str(RATIO)
+            "prune", folder / "model", "-o", folder / "pruned", "--method", method, "--ratio", str(RATIO)
         )
         command += [
             "--data",
@@ -49,33 +50,39 @@ def main() -> None:
         run = measure(command)
     assert run.peak_anonymous is not None
     allowed = size // 3 + 2 * GIB
-    record(
-        Result(
-            "memory",
-            "memory of a calibrated prune, 1.3 B parameters",
-            where,
-            [
-                Goal(
-                    f"`slicegpt --ratio {RATIO}` over {windows} x {length} tokens, peak anonymous memory",
-                    f"<= checkpoint / 3 + 2 GiB = {allowed / MIB:,.0f} MiB",
-                    f"{run.peak_anonymous / MIB:,.0f} MiB",
-                    run.peak_anonymous <= allowed,
-                )
-            ],
-            {
-                "checkpoint_mib": round(size / MIB),
-                "peak_as_the_command_reports_mib": round(run.json["peak_rss_bytes"] / MIB),
-                "wall_s": round(run.seconds, 1),
-                "phases_s": run.phases,
-            },
-            [
-                f"hidden {hidden}, {layers} layers, {heads} heads, ffn {ffn}, vocabulary {vocab}, bfloat16 weights, "
-                "float32 compute, random weights and token ids",
-                "RssAnon of the process, read from outside every 10 ms; pages of mapped files are not in it",
-            ],
-        ),
-        small,
+    return Result(
+        "memory" if method == "slicegpt" else f"memory_{method}",
+        "memory of a calibrated prune, 1.3 B parameters",
+        where,
+        [
+            Goal(
+                f"`{method} --ratio {RATIO}` over {windows} x {length} tokens, peak anonymous memory",
+                f"<= checkpoint / 3 + 2 GiB = {allowed / MIB:,.0f} MiB",
+                f"{run.peak_anonymous / MIB:,.0f} MiB",
+                run.peak_anonymous <= allowed,
+            )
+        ],
+        {
+            "checkpoint_mib": round(size / MIB),
+            "peak_as_the_command_reports_mib": round(run.json["peak_rss_bytes"] / MIB),
+            "wall_s": round(run.seconds, 1),
+            "phases_s": run.phases,
+        },
+        [
+            f"hidden {hidden}, {layers} layers, {heads} heads, ffn {ffn}, vocabulary {vocab}, bfloat16 weights, "
+            "float32 compute, random weights and token ids",
+            "RssAnon of the process, read from outside every 10 ms; pages of mapped files are not in it",
+        ],
     )
+
+
+def main() -> None:
+    """Method by method."""
+    options = parser(__doc__ or "")
+    options.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="all when omitted")
+    arguments = options.parse_args()
+    for method in arguments.methods:
+        record(measured(method, arguments.small, arguments.work), arguments.small)
 
 
 if __name__ == "__main__":

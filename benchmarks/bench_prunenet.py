@@ -19,6 +19,7 @@ from common import (
     conditions,
     load,
     measure,
+    opt_config,
     parser,
     record,
     secateur,
@@ -29,23 +30,6 @@ from common import (
 TIMES = 20.0
 SHARE = 0.3
 PEER = "efficient_pruners==0.1.0"
-
-
-def opt_config(hidden: int, layers: int, heads: int, ffn: int, vocab: int) -> dict[str, Any]:
-    """``config.json`` of an OPT shape."""
-    return {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
-        "hidden_size": hidden,
-        "word_embed_proj_dim": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "ffn_dim": ffn,
-        "vocab_size": vocab,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-    }
 
 
 def uneven(name: str, tensor: Any) -> None:

@@ -147,6 +147,23 @@ def llama_config(
     }
 
 
+def opt_config(hidden: int, layers: int, heads: int, ffn: int, vocab: int) -> dict[str, Any]:
+    """``config.json`` of an OPT shape."""
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+
+
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], seed: int = 0, shard_bytes: int = GIB, fill: Fill | None = None
 ) -> int:
@@ -363,8 +380,18 @@ def record(result: Result, small: bool) -> None:
     if small:
         print("small run: not recorded", file=sys.stderr)
         return
+    _write(result.name, text)
+
+
+def keep(result: Result) -> None:
+    """Record what there is so far."""
+    _finish(result.conditions)
+    _write(result.name, json.dumps(asdict(result), indent=2))
+
+
+def _write(name: str, text: str) -> None:
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{result.name}.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     write_readme()
 
 

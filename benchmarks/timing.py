@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RATIO = 0.25
 BATCH_TOKENS = 4096
+
+
+class Clock:
+    """Wall and processor seconds of this process since it was made; the latter tell what a busy machine would have."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> Spent:
+        """Seconds so far."""
+        return Spent(time.perf_counter() - self._wall, time.process_time() - self._processor)
+
+
+class Spent(NamedTuple):
+    """Seconds by the clock and of the processor."""
+
+    wall: float
+    processor: float
 
 
 class Phases:
@@ -41,26 +59,25 @@ class Phases:
         self.last = now
 
 
-def forward_seconds(model: Any, ids: Any) -> float:
+def forward_seconds(model: Any, ids: Any) -> Spent:
     """One pass over all windows, logits of every token computed and dropped."""
     import torch
 
     rows = max(1, BATCH_TOKENS // ids.shape[1])
-    started = time.perf_counter()
+    clock = Clock()
     with torch.no_grad():
         for batch in ids.split(rows):
             model(input_ids=batch, use_cache=False)
-    return time.perf_counter() - started
+    return clock.read()
 
 
 def prune_seconds(
     model: Path, data: Path, windows: int, length: int, output: Path, method: str, **options: Any
-) -> tuple[float, dict[str, float]]:
+) -> tuple[Spent, dict[str, float]]:
     """The whole call: calibrate, cut, write, verify."""
     import secateur
 
-    phases = Phases()
-    started = time.perf_counter()
+    phases, clock = Phases(), Clock()
     secateur.prune(
         model,
         method=method,
@@ -73,4 +90,4 @@ def prune_seconds(
         progress=phases,
         **options,
     )
-    return time.perf_counter() - started, phases.end()
+    return clock.read(), phases.end()

@@ -120,7 +120,7 @@ def test_a_walk_that_stays_goes_no_further_than_its_single_tap(
 ) -> None:
     source = Checkpoint(Folder(checkpoint("llama", DOUBLE)))
     runner = BlockRunner(source.architecture, DOUBLE, torch.device("cpu"), source.rest())
-    walk = Walk(source, runner, models.token_ids(), tmp_path, Journal(tmp_path, {}), "walk")
+    walk = Walk(source, runner, models.token_ids(), tmp_path, "walk")
     tensors, calls = source.read(0), []
     counted = runner.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
     short = Taps(runner, 0, {wanted})
@@ -131,6 +131,60 @@ def test_a_walk_that_stays_goes_no_further_than_its_single_tap(
     assert calls
     counted.remove()
     assert torch.equal(short.evidence()[wanted], whole.evidence()[wanted])
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("stages", [("down",), ("out", "down"), ("q", "out", "down")])
+def test_a_block_goes_on_from_what_its_readers_read_to_the_bit(
+    family: str, stages: tuple[str, ...], checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Stage by stage other matrices; statistics and outputs are those of a walk that runs every block whole."""
+    source = Checkpoint(Folder(checkpoint(family, torch.float32)))
+    found: list[list[Tensor]] = []
+    for short in (True, False):
+        runner = BlockRunner(source.architecture, torch.float32, torch.device("cpu"), source.rest())
+        walk = Walk(source, runner, models.token_ids(), tmp_path, f"walk-{short}")
+        found.append([])
+        calls: list[int] = []
+        while walk.block < len(runner.blocks):
+            tensors = source.read(walk.block)
+            for role in stages:
+                taps = Taps(runner, walk.block, {f"{role}.gram"})
+                walk.run(tensors, taps, advance=False)
+                found[-1] += taps.evidence().values()
+                tensors = {
+                    name: tensor * 1.5 if source.architecture.tensors[name].role == role else tensor
+                    for name, tensor in tensors.items()
+                }
+                if not short:
+                    walk.readers.forget()
+            first = walk.block == 0
+            if "q" in source.architecture.roles_of(walk.block):
+                module = runner.model.get_submodule(source.architecture.module_of("q", walk.block))
+                hook = module.register_forward_hook(lambda *_, seen=calls: seen.append(1))
+                walk.run(tensors)
+                hook.remove()
+                spared = family in ("llama", "opt", "mixtral") and not first
+                assert not (short and spared and calls)
+                calls.clear()
+            else:
+                walk.run(tensors)
+            found[-1].append(walk.activations.values.clone())
+    assert all(map(torch.equal, *found))
+
+
+def test_a_block_runs_again_whole_where_its_readers_inputs_are_too_many(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.engine.readers._LARGEST", 0)
+    source = Checkpoint(Folder(checkpoint("llama", torch.float32)))
+    runner = BlockRunner(source.architecture, torch.float32, torch.device("cpu"), source.rest())
+    walk, tensors = Walk(source, runner, models.token_ids(), tmp_path, "walk"), source.read(0)
+    walk.run(tensors, Taps(runner, 0, {"down.gram"}), advance=False)
+    calls: list[int] = []
+    runner.blocks[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    walk.run(tensors)
+    assert len(calls) == len(walk.activations.batches)
 
 
 def _trials(source: Checkpoint, ids: Tensor, folder: Path) -> CalibrationTrials:

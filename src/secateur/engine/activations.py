@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,7 @@ class Activations:
             for begin, stop in pairwise(bounds)
         ]
         width = runner.architecture.sizes.residual
-        elements = count * length * width
-        if elements * runner.dtype.itemsize > _IN_MEMORY:
-            flat = torch.from_file(str(path), shared=True, size=elements, dtype=runner.dtype)
-            self.values = flat.view(count, length, width)
-        else:
-            self.values = torch.empty(count, length, width, dtype=runner.dtype)
+        self.values = stored(path, (count, length, width), runner.dtype)
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     def capture(self) -> None:
@@ -93,6 +89,14 @@ class Activations:
                 return 0
             self.values.copy_(handle.get_tensor("values"))
         return block
+
+
+def stored(path: Path, shape: tuple[int, ...], dtype: torch.dtype, limit: int = _IN_MEMORY) -> Tensor:
+    """An uninitialised tensor, in memory or, of more than ``limit`` bytes, in a mapped file."""
+    elements = math.prod(shape)
+    if elements * dtype.itemsize <= limit:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
 
 
 def _rows(value: Any, many: int, part: slice) -> Any:

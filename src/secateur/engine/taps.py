@@ -50,6 +50,7 @@ class Taps:
         self._inputs: dict[str, list[Collector]] = {}
         self._stacked: dict[str, Packed] = {}
         self._modules: dict[str, nn.Module] = {}
+        self.roles = frozenset(role for role in (name.rpartition(".")[0] for name in wanted) if role)
         self.pairs = Pairs(runner, block, wanted)
         for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
             grams = [Moments(self._architecture.sizes.residual, runner.device)] if STREAM in wanted else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.checkpoints import Checkpoint
-from secateur.engine.activations import Activations
+from secateur.engine.activations import Activations, stored
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
 from secateur.errors import refuse
@@ -219,11 +219,7 @@ class CalibrationTrials:
 
     def _signals_file(self, activations: Activations, count: int) -> Tensor:
         values = activations.values
-        if values.numel() * count * values.itemsize <= _REMEMBERED // 4:
-            return values.new_empty(count, *values.shape)
-        path = self._folder / "signals.bin"
-        flat = torch.from_file(str(path), shared=True, size=values.numel() * count, dtype=values.dtype)
-        return flat.view(count, *values.shape)
+        return stored(self._folder / "signals.bin", (count, *values.shape), values.dtype, _REMEMBERED // 4)
 
     # -- the network -----------------------------------------------------------------------------------------------
 

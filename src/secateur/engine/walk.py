@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.engine.activations import Activations
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.readers import Readers
 from secateur.engine.taps import Enough, Taps
 from secateur.errors import refuse
 
@@ -45,6 +46,7 @@ class Walk:
         runner.load(None, checkpoint.read(None))
         self.activations = Activations(ids, runner, folder / f"{name}.bin")
         self.activations.capture()
+        self.readers = Readers(runner, self.activations, folder / name)
         self.block = 0
 
     def resume(self, limit: int) -> None:
@@ -67,25 +69,31 @@ class Walk:
             advance: whether the signal moves on to the next block, or stays.
         """
         beside = self.beside if advance or (taps is not None and taps.pairs.wanted) else None
-        self.runner.load(self.block, tensors)
+        seen = frozenset[str]() if taps is None else taps.roles
+        self._load(tensors, seen)
         if beside is not None:
-            beside.runner.load(self.block, beside.checkpoint.read(self.block))
+            beside._load(beside.checkpoint.read(self.block), seen)
         stops = not advance and beside is None and taps is not None and taps.single
         for shard in self.activations.shards:
             for batch in shard:
                 if stops and taps is not None:
-                    with suppress(Enough), taps.open(stop=True):
+                    with suppress(Enough), self.readers.open(batch, keep=True), taps.open(stop=True):
                         self.run_batch(batch)
                     continue
                 outputs: list[tuple[Walk, Tensor]] = []
                 if beside is not None:
-                    with nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True):
+                    with (
+                        beside.readers.open(batch, keep=not advance),
+                        nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True),
+                    ):
                         outputs.append((beside, beside.run_batch(batch)))
-                if taps is None:
+                with ExitStack() as stack:
+                    stack.enter_context(self.readers.open(batch, keep=not advance))
+                    if taps is not None:
+                        stack.enter_context(taps.open())
+                        stack.enter_context(taps.pairs.see(self.runner, dense=False))
                     outputs.append((self, self.run_batch(batch)))
-                else:
-                    with taps.open(), taps.pairs.see(self.runner, dense=False):
-                        outputs.append((self, self.run_batch(batch)))
+                if taps is not None:
                     taps.compare(self.activations.values[batch].to(self.runner.device), outputs[-1][1])
                     if beside is not None:
                         taps.pairs.add()
@@ -97,7 +105,12 @@ class Walk:
             walk.runner.unload(walk.block)
             if advance:
                 walk.block += 1
+                walk.readers.forget()
                 walk.keep()
+
+    def _load(self, tensors: Mapping[str, Tensor], seen: Collection[str]) -> None:
+        self.runner.load(self.block, tensors)
+        self.readers.begin(self.block, tensors, seen, self.run_batch)
 
     def skip(self) -> None:
         """Go past a block that will not be there."""

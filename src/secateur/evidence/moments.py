@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # rows of one float32 product; sums over chunks are float64
+_TILE = 512  # columns of a product of a signal with itself that are multiplied at once
 
 
 class Moments:
@@ -35,7 +36,7 @@ class Moments:
             rows = rows.float()
         second, first = self._shard
         for chunk in torch.split(rows, _CHUNK):
-            second += chunk.t() @ chunk if second.ndim == 2 else chunk.square().sum(0, dtype=torch.float64)
+            second += _squared(chunk) if second.ndim == 2 else chunk.square().sum(0, dtype=torch.float64)
             first += chunk.sum(0, dtype=torch.float64)
         self.count += len(rows)
 
@@ -50,6 +51,19 @@ class Moments:
         kind = "gram" if self.second.ndim == 2 else "squares"
         count = torch.tensor([self.count], dtype=torch.float64)
         return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": count}
+
+
+def _squared(rows: Tensor) -> Tensor:
+    """X^T X of [m, n]: what lies below the diagonal is copied from above, which saves close to half of the products."""
+    width = rows.shape[1]
+    if width <= _TILE:
+        return rows.t() @ rows
+    found, half = rows.new_empty(width, width), width // 2
+    one, other = rows[:, :half], rows[:, half:]
+    found[:half, :half], found[half:, half:] = _squared(one), _squared(other)
+    found[:half, half:] = one.t() @ other
+    found[half:, :half] = found[:half, half:].t()
+    return found
 
 
 class CrossMoments:
