@@ -26,6 +26,7 @@ from secateur.engine.taps import Taps
 from secateur.engine.walk import Walk
 from secateur.mends import aim
 from secateur.mends.values import value_basis
+from secateur.methods.allocating import Curves
 from secateur.scores.elimination import eliminate
 from zoo import Where
 
@@ -189,14 +190,14 @@ def test_pairs_compare_the_dense_model_with_the_cut_one(family: str, checkpoint:
 
 def test_planted_redundancy_goes_first(notes: Path, tmp_path: Path) -> None:
     """Silent neurons of one block are what a small budget takes, and the function stays."""
-    from safetensors.torch import load_file, save_file
+    silent = list(range(0, 1000, 2))
 
-    model = models.save(tmp_path / "model", "llama", DOUBLE)
-    state = load_file(model / "model.safetensors")
-    down = next(name for name in state if name.endswith("layers.1.mlp.down_proj.weight"))
-    silent = list(range(0, state[down].shape[1], 2))
-    state[down][:, silent] = 0
-    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    def plant(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        down = state["model.layers.1.mlp.down_proj.weight"]
+        down[:, silent[: down.shape[1] // 2]] = 0
+        return state
+
+    model = models.save(tmp_path / "model", "llama", DOUBLE, edit=plant)
     request = {"method": "joint", "ratio": 0.03, "data": notes, "samples": 8, "length": 32, "layout": "per-layer"}
     plan, _ = grid.plan_of(model, tmp_path / "out", **request)
     before, after = ([(b.ffn, b.kv) for b in sizes.blocks] for sizes in (plan.before, plan.after))
@@ -210,3 +211,61 @@ def test_sizes_of_rounds_shrink_and_meet_the_budget(checkpoint: Checkpoints, not
     grid.check_counts(result, tmp_path / "out")
     removed = 1 - result.achieved["params"] / result.achieved["params_before"]
     assert removed == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("layout", ["native", "per-layer"])
+def test_a_block_that_does_nothing_goes_whole(layout: str, notes: Path, tmp_path: Path) -> None:
+    """Both branches of a block that writes nothing are tried, and go: as a block natively, as branches per layer."""
+
+    def plant(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            state[f"model.layers.1.{name}.weight"].zero_()
+        return state
+
+    model = models.save(tmp_path / "model", "llama", DOUBLE, edit=plant)
+    block = sum(p.numel() for p in Checkpoint(Folder(model)).read(1).values())
+    ratio = block / Checkpoint(Folder(model)).params
+    request = {"method": "joint", "ratio": ratio, "data": notes, "samples": 8, "length": 32, "layout": layout}
+    plan, _ = grid.plan_of(model, tmp_path / "scratch", **request)
+    result = secateur.prune(model, output=tmp_path / "out", **request)
+    if layout == "native":
+        assert 1 not in plan.blocks
+        assert len(plan.after.blocks) == len(plan.before.blocks) - 1
+    else:
+        assert (plan.after.blocks[1].kv, plan.after.blocks[1].ffn) == (0, 0)
+    assert {"ffn.1", "kv.1"} <= set(plan.notes["calibration"])
+    assert result.achieved["params"] / result.achieved["params_before"] == pytest.approx(1 - ratio, abs=0.02)
+
+
+def test_calibrated_curves_end_where_they_were_measured() -> None:
+    """The whole branch costs what was measured, a small cut what the second order says; curves keep rising."""
+    curve = torch.linspace(0, 1, 21, dtype=DOUBLE) ** 2 * 0.3
+    curves = Curves({"ffn.0": curve, "kv.0": curve, "value.0": curve / 10})
+    for factor in (0.5, 1.0, 3.0):
+        found = curves.measured({"ffn.0": 0.3 * factor})
+        assert float(found.ffn(0)[-1]) == pytest.approx(0.3 * factor)
+        assert float(found.ffn(0)[1] / curve[1]) == pytest.approx(1, abs=0.01)
+        assert bool((found.ffn(0).diff() > 0).all())
+        assert found.attention(0, 3, 2, 4) == pytest.approx(float(curve[3] + 2 * curve[4] / 10))
+    assert bool((curves.measured({"ffn.0": -1.0}).ffn(0).diff() > 0).all())
+
+
+def test_a_tied_model_pays_for_untying(notes: Path, tmp_path: Path) -> None:
+    """Where the stream has few directions, narrowing it is worth a head of its own; the written count includes it."""
+
+    def plant(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        width = state["model.embed_tokens.weight"].shape[1]
+        for name, tensor in state.items():
+            if name.endswith("embed_tokens.weight"):
+                tensor[:, width // 2 :] = 0
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor[width // 2 :] = 0
+        return state
+
+    model = models.save(tmp_path / "model", "llama", DOUBLE, edit=plant, tie_word_embeddings=True)
+    request = {"method": "joint", "ratio": 0.2, "data": notes, "samples": 8, "length": 32, "layout": "native"}
+    plan, _ = grid.plan_of(model, tmp_path / "scratch", **request)
+    assert plan.before.tied
+    assert not plan.after.tied
+    assert plan.after.residual < plan.before.residual
+    grid.check_counts(secateur.prune(model, output=tmp_path / "out", **request), tmp_path / "out")
