@@ -8,97 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from secateur.errors import InternalError, refuse
+from secateur.families.additions import additions, is_matrix
 from secateur.families.branches import StandIn, gone_modules
 from secateur.families.packing import Packed, Shape
-from secateur.families.roles import (
-    ATTENTION_WRITERS,
-    BIASES,
-    INDICES,
-    PORTS,
-    SHORTCUTS,
-    WHOLE,
-    axes_of,
-    branches_of,
-    dimensions_of,
-    index_kind,
-)
+from secateur.families.roles import ATTENTION_WRITERS, branches_of
 from secateur.families.schema import Entry, Family, holds, load_family
 from secateur.families.sizes import BlockSizes, Expert, Sizes
 from secateur.families.stock import meta_model, stock_config
-
-Block = int | None
-"""Index of a decoder block; None is the stem (embeddings, final norm, head)."""
-
-
-@dataclass(frozen=True)
-class CanonicalTensor:
-    """A matrix, bias, norm weight or index in its canonical place.
-
-    ``name`` is ``stem.ROLE.KIND``, ``blocks.I.ROLE.KIND`` or ``blocks.I.experts.E.ROLE.KIND``; ``fixed`` its shape in
-    the stock class, where it has axes of its own. It is there where the block has one of ``branches`` (if any are
-    named) and one of the sizes ``asked`` (if any are named) asks for it.
-    """
-
-    name: str
-    role: str
-    kind: str
-    block: Block
-    expert: Expert
-    fixed: Shape | None = None
-    branches: frozenset[str] = frozenset()
-    asked: frozenset[str] = frozenset()
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return axes_of(self.role, self.kind)
-
-    @property
-    def is_index(self) -> bool:
-        """Whether it says where a matrix reads or writes, rather than what it computes."""
-        return self.kind in INDICES
-
-    def exists(self, sizes: Sizes) -> bool:
-        """Whether it is there at some sizes."""
-        if self.branches and self.block is not None and not any(map(sizes.blocks[self.block].has, self.branches)):
-            return False
-        return not self.asked or any(self._asks(field, sizes) for field in self.asked)
-
-    def _asks(self, field: str, sizes: Sizes) -> bool:
-        if field in WHOLE:
-            return bool(sizes.narrowed(field, self.block))
-        return self.block is not None and bool(getattr(sizes.blocks[self.block], field))
-
-    def shape(self, sizes: Sizes) -> Shape:
-        """Its shape at some sizes."""
-        if self.role in SHORTCUTS and self.block is not None:
-            rows, columns = sizes.change_of_basis(self.role, self.block)
-            return (sum(min(row + 1, columns) for row in range(rows)),)
-        found = []
-        for i, (axis, dimension) in enumerate(zip(self.axes, dimensions_of(self.role, self.kind), strict=True)):
-            length = self.fixed[i] if axis == "own" and self.fixed else sizes.axis(axis, self.block, self.expert)
-            field = PORTS.get((self.role, dimension))
-            if field and (narrowed := sizes.narrowed(field, self.block)):
-                length = length * narrowed // int(getattr(sizes, WHOLE[field]))
-            found.append(length)
-        return tuple(found)
-
-
-def place_name(block: Block) -> str:
-    """``stem`` or ``blocks.I``."""
-    return "stem" if block is None else f"blocks.{block}"
-
-
-def canonical_name(block: Block, role: str, kind: str, expert: Expert = None) -> str:
-    """Name of a canonical tensor."""
-    place = place_name(block)
-    return f"{place}.{role}.{kind}" if expert is None else f"{place}.experts.{expert}.{role}.{kind}"
+from secateur.families.tensors import Block, CanonicalTensor, canonical_name
 
 
 class Architecture:
@@ -130,8 +54,7 @@ class Architecture:
         for name in self.stock_shapes:
             self._map(name)
         self._say_what_needs_them()
-        self._offer_biases()
-        self._offer_indices()
+        self._offer()
         self.catalogue = dict(self.tensors)
         self.gone: dict[str, StandIn] = gone_modules(self)
         self._drop()
@@ -249,46 +172,18 @@ class Architecture:
             if tensor.block is not None:
                 self.tensors[name] = replace(tensor, branches=needed[tensor.block, tensor.role])
 
-    def _offer(self, like: Packed, kind: str, parts: list[CanonicalTensor]) -> None:
-        """A tensor beside a matrix that only the per-layer layout knows."""
-        name = f"{like.name.rpartition('.')[0]}.{kind}"
+    def _add(self, packed: Packed, parts: list[CanonicalTensor]) -> None:
+        """A tensor that the stock class has not."""
         self.tensors.update({part.name: part for part in parts})
-        self.packed[name] = Packed(name, (tuple(part.name for part in parts),))
-        self._places[name] = self._place(name)
+        self.packed[packed.name] = packed
+        self._places[packed.name] = self._place(packed.name)
 
-    def _matrices(self) -> list[tuple[Packed, list[CanonicalTensor]]]:
-        """Matrices of modules of their own, each with the canonical ones that it holds."""
-        found = []
-        for name, packed in self.packed.items():
-            parts = [self.tensors[part] for part in packed.canonical]
-            if name.endswith(".weight") and not packed.stacked and len(parts[0].axes) == 2:
-                found.append((packed, parts))
-        return found
-
-    def _offer_biases(self) -> None:
-        """The biases that a block may get."""
-        for packed, parts in self._matrices():
-            role = parts[0].role
-            if role not in BIASES or parts[0].expert is not None:
-                continue
-            bias = replace(parts[0], name=canonical_name(parts[0].block, role, "bias"), kind="bias", fixed=None)
-            if bias.name not in self.tensors:
-                self._offer(packed, "bias", [replace(bias, asked=frozenset({BIASES[role]}))])
-
-    def _offer_indices(self) -> None:
-        """The indices of matrices that may read or write less of a signal; one for all that share a module."""
-        for packed, parts in self._matrices():
-            for dimension in (0, 1):
-                fields = frozenset(PORTS[part.role, dimension] for part in parts if (part.role, dimension) in PORTS)
-                if not fields or parts[0].expert is not None or (packed.turn is not None and not dimension):
-                    continue
-                kind = index_kind(parts[0].role, dimension)
-                group = parts if dimension == 0 else parts[:1]
-                indices = [
-                    replace(p, name=canonical_name(p.block, p.role, kind), kind=kind, fixed=None, asked=fields)
-                    for p in group
-                ]
-                self._offer(packed, kind, indices)
+    def _offer(self) -> None:
+        """What the per-layer layout may add beside a matrix that has a module of its own."""
+        held = [(packed, [self.tensors[part] for part in packed.canonical]) for packed in self.packed.values()]
+        for packed, parts in additions([pair for pair in held if is_matrix(*pair)]):
+            if parts[0].name not in self.tensors:
+                self._add(packed, parts)
 
     def _drop(self) -> None:
         """Leave out what is not there at these sizes."""
@@ -307,10 +202,8 @@ class Architecture:
         writers = {(block, role): self.writer_of(role, block) for block in blocks for role in self.shortcut_roles}
         for (block, role), writer in writers.items():
             tensor = CanonicalTensor(canonical_name(block, role, "weight"), role, "weight", block, None)
-            self.tensors[tensor.name] = self.catalogue[tensor.name] = tensor
-            name = f"{writer}.shortcut"
-            self.packed[name] = Packed(name, ((tensor.name,),))
-            self._places[name] = self._place(name)
+            self.catalogue[tensor.name] = tensor
+            self._add(Packed(f"{writer}.shortcut", ((tensor.name,),)), [tensor])
         del self._by_place, self._roles_by_place  # made when the writers were looked up
 
     def _check_shapes(self) -> None:

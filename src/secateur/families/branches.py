@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from secateur.families.roles import branch_of
 
 if TYPE_CHECKING:
-    from secateur.families.architecture import Architecture, CanonicalTensor
+    from secateur.families.architecture import Architecture
+    from secateur.families.tensors import CanonicalTensor
 
 StandIn = str | int
 """``same``: hands on what it gets; ``attention``, ``router``: returns as many things as the stock class takes;
