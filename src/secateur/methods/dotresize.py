@@ -18,8 +18,10 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.families import Layout, Sizes
 from secateur.methods.base import Study
-from secateur.methods.slicing import Signal, Slicing, in_hyperplane
+from secateur.methods.rotations import Signal
+from secateur.methods.slicing import Slicing
 from secateur.plans import Mend, Plan
+from secateur.scores.directions import in_hyperplane
 from secateur.scores.transport import Cost, directions_of, pair_costs, targets, transport
 from secateur.spaces import BlockView, Kind, all_spaces
 

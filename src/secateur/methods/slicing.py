@@ -7,8 +7,8 @@ basis serves all, and all keep as many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -18,35 +18,19 @@ from torch import Tensor
 from secateur.budgets import Budget
 from secateur.budgets.schedule import redundancy, slices
 from secateur.cuts.gauge import estimate_savings
-from secateur.cuts.stream import SHARED, interfaces, sliced, triangular
+from secateur.cuts.stream import SHARED, interfaces
 from secateur.errors import refuse
 from secateur.families import Layout, Sizes, place_name
-from secateur.families.limits import problems
 from secateur.methods.base import Fraction, Method, Study, keep_best
 from secateur.methods.charts import spectrum_charts
+from secateur.methods.rotations import Rotations, Signal, weight_of
+from secateur.methods.widths import at_shares, floored, uneven_problems
 from secateur.plans import Plan
+from secateur.scores.directions import principal, random_orthogonal
 from secateur.spaces import BlockView, Kind
 
-_ROUNDING = 8  # the published code floors the width to a multiple of it
-_NO_MEAN = 1e-8  # of an entry of a unit vector
-_PER_LAYER: Layout = "per-layer"
 _OTHER = "--layout per-layer"
 _ENOUGH = 4096  # sampled rows for a basis that serves all norms
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What is known of the stream where norms read it.
-
-    Attributes:
-        gram: [width, width] float64.
-        samples: [rows, width], empty unless the method's evidence has ``samples``.
-        mean_free: whether both are without their mean, because the norms take it away.
-    """
-
-    gram: Tensor
-    samples: Tensor
-    mean_free: bool = False
 
 
 class Slicing(Method):
@@ -92,14 +76,10 @@ class Slicing(Method):
         """The ``count`` directions that survive, [width, count], orthonormal columns."""
         gram = signal.gram
         if self.basis_name == "random":
-            return _random_orthogonal(gram.shape[0], generator)[:, :count]
+            return random_orthogonal(gram.shape[0], generator)[:, :count]
         if self.basis_name == "subset":
             return torch.eye(gram.shape[0], dtype=torch.float64)[:, keep_best(gram.diagonal(), count)]
-        _, vectors = torch.linalg.eigh(gram)  # ascending
-        directions: Tensor = vectors.flip(1)[:, :count]
-        # the sign of an eigenvector is arbitrary: make its largest entry positive
-        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        return directions * largest.sign()
+        return principal(gram, count)
 
     def layer_weights(self, study: Study) -> list[float]:
         """How much more of each layer goes than of the others: its redundancy."""
@@ -113,29 +93,16 @@ class Slicing(Method):
         budget = study.budget
         if self.schedule == "constant":
             return self.sizes(budget)
-        base, full, weights = self.base_sizes(budget), budget.sizes.residual, self.layer_weights(study)
+        base, weights = self.base_sizes(budget), self.layer_weights(study)
 
         def at(mean: float) -> Sizes:
             start = self.base if self.base is not None else (1 - self.amount) * mean
             shares = slices(weights, mean, start, max(self.most, mean))
-            found = {}
-            for name in interfaces(budget.architecture):
-                place = name.split(".")[1]
-                share = shares[int(place)] if place.isdigit() else 0.0 if self.head == "whole" else mean
-                if self.sparsity is None:
-                    width = budget.rounded("residual", (1 - share) * full, full)
-                else:
-                    width = _floored((1 - share) * full)
-                found[name] = width - base.mean_free
-            return sliced(budget.architecture, base, found)
+            return at_shares(budget, base, shares, 0.0 if self.head == "whole" else mean, self.sparsity is not None)
 
         if self.sparsity is not None:
             return at(self.sparsity)
         return budget.solve_along(lambda share: at(1 - share), "residual")
-
-    def interface_weight(self, gram: Tensor) -> float:
-        """Weight of one interface in the sum: its inverse energy, so that each counts the same."""
-        return 1 / max(float(gram.trace()), 1e-30)
 
     @property
     def evidence(self) -> frozenset[str]:  # type: ignore[override]
@@ -174,22 +141,14 @@ class Slicing(Method):
         base = budget.sizes if self._keeps_tie(budget) else budget.sizes.untied()
         return replace(base, shortcuts=base.shortcuts or self.rotation == "each")
 
-    def _require_schedule(self, budget: Budget, base: Sizes) -> None:
-        """Refuse widths that differ where a block cannot read or write a part of the stream."""
-        full = budget.sizes.residual - base.mean_free
-        uneven = {name: full - index % 2 for index, name in enumerate(interfaces(budget.architecture))}
-        reasons = problems(budget.architecture, sliced(budget.architecture, base, uneven), budget.itemsize, _PER_LAYER)
-        if reasons:
-            asked = f"{self.name} with schedule={self.schedule}"
-            refuse("not-exact", asked, "; ".join(reasons), "--set schedule=constant")
-
     def sizes(self, budget: Budget) -> Sizes:
         base = self.base_sizes(budget)
-        if self.schedule != "constant":
-            self._require_schedule(budget, base)
+        if self.schedule != "constant" and (reasons := uneven_problems(budget, base)):
+            asked = f"{self.name} with schedule={self.schedule}"
+            refuse("not-exact", asked, "; ".join(reasons), "--set schedule=constant")
         if self.sparsity is None:
             return budget.solve("residual", base)
-        return budget.at("residual", _floored((1 - self.sparsity) * budget.sizes.residual), base)
+        return budget.at("residual", floored((1 - self.sparsity) * budget.sizes.residual), base)
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared.
@@ -202,7 +161,7 @@ class Slicing(Method):
         if self.rotation == "each":
             found |= {f"{place_name(view.place)}.{name}": evidence[name] for name in norms}
             return found | {f"{place_name(view.place)}.{name}.samples": samples for name, samples in rows.items()}
-        weights = {name: self.interface_weight(evidence[name]) for name in norms}
+        weights = {name: weight_of(evidence[name]) for name in norms}
         if rows:
             share = max(1, _ENOUGH // len(interfaces(view.architecture)))
             spread = [r[:: max(1, len(r) // share)] * weights[name] ** 0.5 for name, r in rows.items()]
@@ -211,15 +170,15 @@ class Slicing(Method):
 
     def signal(self, study: Study, name: str) -> Signal:
         """What the summaries say of one interface, or of all together (``stream``); centred for a LayerNorm."""
-        parts = iter(study.summaries[name])
-        gram = next(parts).clone()
-        for part in parts:
-            gram += part
-        rows = study.summaries.get(f"{name}.samples")
-        samples = torch.zeros(0, len(gram)) if rows is None else torch.cat(list(rows))
-        if study.budget.sizes.mean_free and not (name == "stream" and self._selects(study.budget)):
-            return Signal(_centred(gram), samples - samples.mean(1, keepdim=True), mean_free=True)
-        return Signal(gram, samples)
+        found = Signal.of(study.summaries, name)
+        selects = name == "stream" and self._selects(study.budget)
+        return found.centred() if study.budget.sizes.mean_free and not selects else found
+
+    def _rotations(self, study: Study, after: Sizes) -> Rotations:
+        def directions(name: str, signal: Signal) -> Tensor:
+            return self.basis_of(signal, after.directions(name), study.generator)
+
+        return Rotations(interfaces(study.budget.architecture), lambda name: self.signal(study, name), directions)
 
     def decide(self, study: Study) -> Plan:
         budget, after = study.budget, self.widths(study)
@@ -227,7 +186,7 @@ class Slicing(Method):
         if self.rotation == "each":
             savings = estimate_savings(budget.architecture, after)
             numbers = {f"{key}_shortcut_numbers": savings[key] for key in ("square", "stored", "saved")}
-            turned = _Rotations(self, study, after)
+            turned = self._rotations(study, after)
             return Plan(budget.sizes, after, bases=turned, notes=numbers, charts=spectrum_charts(turned.mean(), count))
         signal = self.signal(study, "stream")
         gram = signal.gram
@@ -237,86 +196,7 @@ class Slicing(Method):
         directions = self.basis_of(signal, count, study.generator)
         explained = float(torch.einsum("dk,de,ek->", directions, gram, directions) / gram.trace())
         if self.orientation == "random":
-            directions = directions @ _random_orthogonal(directions.shape[1], study.generator)
+            directions = directions @ random_orthogonal(directions.shape[1], study.generator)
         bases = {SHARED: directions.contiguous()}
         notes = {"kept_energy": round(explained, 6)}
         return Plan(budget.sizes, after, bases=bases, notes=notes, charts=spectrum_charts(gram, directions.shape[1]))
-
-
-class _Rotations(Mapping[str, Tensor]):
-    """The rotation of every interface, computed when asked for; asked in order, each is computed once.
-
-    Each is in the gauge that makes the shortcut from the one before lower triangular: half of it need not be stored.
-    """
-
-    def __init__(self, method: Slicing, study: Study, after: Sizes) -> None:
-        self._method, self._study, self._after = method, study, after
-        self._names = interfaces(study.budget.architecture)
-        self._last: tuple[str, Tensor] | None = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        if self._last is None or self._last[0] != name:
-            index = self._names.index(name)
-            before = self[self._names[index - 1]] if index else None
-            self._last = (name, self._rotation(name, before))
-        return self._last[1]
-
-    def mean(self) -> Tensor:
-        """Gram of all interfaces together, each weighed as where one rotation is shared: what the report draws."""
-        total = torch.zeros(())
-        for name in self._names:
-            gram = self._method.signal(self._study, name).gram
-            total = total + gram * self._method.interface_weight(gram) / len(self._names)
-        return total
-
-    def _rotation(self, name: str, before: Tensor | None) -> Tensor:
-        signal, count = self._method.signal(self._study, name), self._after.directions(name)
-        directions = self._method.basis_of(signal, count, self._study.generator)
-        if signal.mean_free:
-            directions = in_hyperplane(directions, signal.gram)
-        return directions.contiguous() if before is None else triangular(directions, before)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def in_hyperplane(directions: Tensor, gram: Tensor) -> Tensor:
-    """As many directions without a mean, for norms that take it away: these centred, the rest principal ones.
-
-    Args:
-        directions: [width, count] orthonormal columns.
-        gram: of the centred signal.
-    """
-    means = directions.mean(0)
-    if means.abs().max() < _NO_MEAN:
-        return directions
-    left, values, _ = torch.linalg.svd(directions - means, full_matrices=False)
-    found: Tensor = left[:, values > 1e-9]
-    if missing := directions.shape[1] - found.shape[1]:
-        others = torch.eye(len(gram), dtype=gram.dtype) - found @ found.t()
-        rest = torch.linalg.eigh(others @ gram @ others).eigenvectors.flip(1)[:, :missing]
-        found = torch.cat([found, rest], dim=1)
-    return found
-
-
-def _floored(width: float) -> int:
-    """A width down to a multiple of eight, as in the published code; of less than that, itself."""
-    return int(width) // _ROUNDING * _ROUNDING or max(1, int(width))
-
-
-def _centred(gram: Tensor) -> Tensor:
-    """Gram of a signal without its mean: what a LayerNorm sees."""
-    gram = gram - gram.mean(0)
-    return gram - gram.mean(1, keepdim=True)
-
-
-def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """Haar-distributed orthogonal matrix."""
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    signed: Tensor = q * r.diagonal().sign()
-    return signed

@@ -21,6 +21,7 @@ from secateur.families import Sizes
 from secateur.families.resizing import sizes_of
 from secateur.families.sizes import BlockSizes
 from secateur.plans.chart import Chart
+from secateur.plans.lazy import OneAtATime
 
 
 @dataclass(frozen=True)
@@ -147,28 +148,16 @@ def place_of(name: str) -> str:
     return parts[0] if parts[0] == "stem" else ".".join(parts[:2])
 
 
-class _Bases(Mapping[str, Tensor]):
-    """Tensors of a file, loaded on access; the last one stays, for a basis that serves every block."""
+def _bases_in(path: Path) -> OneAtATime:
+    """Tensors of a file; the last one stays, for a basis that serves every block."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def load(name: str) -> Tensor:
         with safe_open(path, "pt") as handle:
-            self._names = list(handle.keys())
-        self._last: tuple[str, Tensor] | None = None
+            found: Tensor = handle.get_tensor(name)
+        return found
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        if self._last is None or self._last[0] != name:
-            with safe_open(self._path, "pt") as handle:
-                self._last = (name, handle.get_tensor(name))
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    with safe_open(path, "pt") as handle:
+        return OneAtATime(list(handle.keys()), load)
 
 
 @dataclass(frozen=True)
@@ -265,7 +254,7 @@ class Plan:
             before=sizes_of(record["before"]),
             after=sizes_of(record["after"]),
             kept=kept,
-            bases=_Bases(folder / _BASES) if (folder / _BASES).is_file() else {},
+            bases=_bases_in(folder / _BASES) if (folder / _BASES).is_file() else {},
             edits=Edits(folder),
             notes=record["notes"],
             charts=[Chart.from_dict(chart) for chart in record["charts"]],

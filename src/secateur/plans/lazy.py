@@ -1,0 +1,33 @@
+"""Tensors that together may be larger than memory: made one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+
+class OneAtATime(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for; only the last one stays.
+
+    Args:
+        names: in their order.
+        make: loads or computes one of them.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = names, make
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._make(name))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
