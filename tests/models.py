@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -178,3 +180,23 @@ def config(folder: Path) -> dict[str, Any]:
 def token_ids(rows: int = 2, length: int = 24) -> Tensor:
     """Random token ids."""
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+_ALONE = """
+import sys; sys.modules["secateur"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True)
+print(model.generate(torch.tensor({ids}), max_new_tokens=8, do_sample=False, pad_token_id=1).tolist())
+model.save_pretrained({saved!r})
+"""
+
+
+def generated_alone(folder: Path, ids: Tensor, place: Path) -> list[list[int]]:
+    """What transformers generates in a process that cannot import Secateur; it also saves the model to place/saved."""
+    script = _ALONE.format(folder=str(folder), ids=ids.tolist(), saved=str(place / "saved"))
+    environment = {"HF_MODULES_CACHE": str(place / "modules"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -251,19 +249,7 @@ def test_loads_without_secateur(checkpoint: Checkpoints, tmp_path: Path) -> None
     write(prepared, plan, output)
     ours = secateur.load(output)
     wanted = ours.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)
-    script = f"""
-import sys; sys.modules["secateur"] = None
-import torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)
-ids = torch.tensor({ids.tolist()})
-print(model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1).tolist())
-model.save_pretrained({str(tmp_path / "saved")!r})
-"""
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == wanted.tolist()
+    assert models.generated_alone(output, ids, tmp_path) == wanted.tolist()
     assert torch.equal(masking.logits(secateur.load(tmp_path / "saved"), ids), masking.logits(ours, ids))
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from secateur.api.modules import Model, load_as, save_module
+from secateur.api.modules import Model, with_folders
 from secateur.api.outputs import achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
 from secateur.engine.journal import work_folder
-from secateur.engine.prepare import (
-    Prepared,
-    prepare,
-)
+from secateur.engine.prepare import Prepared, prepare
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
@@ -92,30 +88,16 @@ def prune(
     Raises:
         SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
     """
-    values = {
-        "method": method,
-        "ratio": ratio,
-        "target": tuple(target),
-        "data": None if data is None else str(data),
-        "output": None if output is None else str(output),
-        **more,
-    }
+    asked = {"model": model, "method": method, "ratio": ratio, "target": tuple(target), "data": data, "output": output}
     file = None if recipe is None else Path(recipe)
-    if not isinstance(model, nn.Module):
-        name = None if model is None else str(model)
-        return _prune_folder(make_request({**values, "model": name}, file), progress or Silent())
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = save_module(model, tokenizer, Path(temporary) / "model")
-        if output is None:
-            values["output"] = str(Path(temporary) / "pruned")
-        request = make_request({**values, "model": str(folder)}, file)
-        result = _prune_folder(request, progress or Silent(), named=False)
-        pruned = load_as(model, Path(str(result.output)), inplace)
-        shown = result.output if output is not None else None
-        return replace(result, output=shown, model=pruned)
+
+    def run(values: dict[str, Any], in_memory: frozenset[str]) -> PruneResult:
+        return _prune_folder(make_request(values, file), progress or Silent(), named=not in_memory)
+
+    return with_folders({**asked, **more}, ("model",), tokenizer, inplace, run)
 
 
-def _prune_folder(request: PruneRequest, progress: Progress, named: bool = True) -> PruneResult:
+def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> PruneResult:
     started = time.perf_counter()
     output = require_output(request, "a prune")
     require_text(request)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.api.modules import Model, load_as, save_module
+from secateur.api.modules import Model, with_folders
 from secateur.api.outputs import achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_companions
@@ -93,32 +92,26 @@ def recover(
     Raises:
         SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
     """
-    values: dict[str, Any] = {"data": data, "method": method, "output": output, **more}
+    asked = {"model": model, "data": data, "teacher": teacher, "method": method, "output": output}
     file = None if recipe is None else Path(recipe)
-    with tempfile.TemporaryDirectory() as temporary:
-        for key, given in (("model", model), ("teacher", teacher)):
-            values[key] = given
-            if isinstance(given, nn.Module):
-                values[key] = save_module(given, tokenizer, Path(temporary) / key)
-        if output is None and isinstance(model, nn.Module):
-            values["output"] = Path(temporary) / "recovered"
-        result = _recover_folder(*make_recovery(values, file), progress or Silent(), temporary)
-        if not isinstance(model, nn.Module):
-            return result
-        trained = load_as(model, Path(str(result.output)), inplace)
-        shown = result.output if output is not None else None
-        return RecoverResult(**{**result.as_dict(), "output": shown, "model": trained})
+
+    def run(values: dict[str, Any], in_memory: frozenset[str]) -> RecoverResult:
+        return _recover_folder(*make_recovery(values, file), progress or Silent(), in_memory)
+
+    return with_folders({**asked, **more}, ("model", "teacher"), tokenizer, inplace, run)
 
 
-def _recover_folder(request: RecoverRequest, options: Training, progress: Progress, temporary: str) -> RecoverResult:
-    """Recover a checkpoint folder; models that lie in ``temporary`` were modules in memory."""
+def _recover_folder(
+    request: RecoverRequest, options: Training, progress: Progress, in_memory: frozenset[str]
+) -> RecoverResult:
+    """Recover a checkpoint folder; the models ``in_memory`` were modules, which cannot be named again."""
     started = time.perf_counter()
     output = require_output(request, "a recovery")
     require_text(request)
     with MemoryWatch() as memory:
         job = prepare_recovery(request, options)
         _require_memory(job)
-        recipe = _recipe(request, options, temporary)
+        recipe = _recipe(request, options, in_memory)
         inputs = [found for found in (job.checkpoint, job.teacher) if found is not None]
         with workplace(output, inputs) as place:
             work = place.folder
@@ -143,7 +136,7 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
                 "compute type": str(job.compute).removeprefix("torch."),
             }
             (result.folder.path / RECIPE).write_text(recipe, encoding="utf-8")
-            name = request.model if _named(request.model, temporary) else "a module in memory"
+            name = "a module in memory" if "model" in in_memory else request.model
             write_report(result.folder.path, RecoverFacts(name, record, achieved, recipe, figures, facts))
             publish(result.folder.path, output, progress)
     return RecoverResult(
@@ -161,18 +154,11 @@ def _recover_folder(request: RecoverRequest, options: Training, progress: Progre
     )
 
 
-def _named(model: str, temporary: str) -> bool:
-    """Whether a model can be named again; a module in memory cannot."""
-    return not Path(model).is_relative_to(temporary)
-
-
-def _recipe(request: RecoverRequest, options: Training, temporary: str) -> str:
+def _recipe(request: RecoverRequest, options: Training, in_memory: frozenset[str]) -> str:
     """The request as YAML, modules in memory left out."""
-    asked = request
-    if request.teacher is not None and not _named(request.teacher, temporary):
-        asked = request.model_copy(update={"teacher": None})
+    asked = request.model_copy(update={"teacher": None}) if "teacher" in in_memory else request
     given = options.model_dump(mode="json", include=set(request.options))
-    return recipe_of(asked, request.method, given, _named(request.model, temporary))
+    return recipe_of(asked, request.method, given, "model" not in in_memory)
 
 
 def _require_memory(job: Recovery) -> None:
