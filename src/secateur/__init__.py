@@ -9,21 +9,6 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import SecateurError
 from secateur.version import __version__
 
-_PUBLIC = (
-    "compare",
-    "evaluate",
-    "export",
-    "families",
-    "inspect",
-    "load",
-    "methods",
-    "pack",
-    "preview",
-    "prune",
-    "recover",
-    "unpack",
-)
-
 if TYPE_CHECKING:
     from secateur.api import (
         compare,
@@ -56,13 +41,14 @@ __all__ = [
     "recover",
     "unpack",
 ]
+_API = frozenset(__all__) - {"SecateurError", "__version__"}
 
 
 class _Package(ModuleType):
     """Two rooms, ``families`` and ``methods``, have the names of API functions: as attributes, the functions win."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):  # what an import of the room binds here
+        if not (name in _API and isinstance(value, ModuleType)):  # what an import of the room binds here
             super().__setattr__(name, value)
 
 
@@ -71,7 +57,7 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """Import the API on first use, so that ``import secateur`` does not import torch."""
-    if name in _PUBLIC:
+    if name in _API:
         from secateur import api
 
         return getattr(api, name)

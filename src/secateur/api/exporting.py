@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, Final
 
 import torch
 
+from secateur.api.outputs import passing_workplace, require_free
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
 from secateur.data.windows import encode, load_tokenizer
-from secateur.engine.journal import locked, work_folder
 from secateur.engine.prepare import context_of
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import next_free
@@ -66,28 +65,21 @@ def export(
         refuse("bad-format", f"output {path.name!r}", "its ending names no format", "NAME.gguf or NAME.onnx")
     if dtype not in ("auto", *DTYPES):
         refuse("bad-dtype", f"dtype {dtype!r}", "no such type for an export", near(dtype, ("auto", *DTYPES)))
-    if path.exists() and not force:
-        hint = "choose another name, or --force to move the old one aside"
-        refuse("output-exists", f"output {str(path)!r}", "it exists already", hint)
+    require_free(path, force)
     _require(runtime, check)
     checkpoint = open_checkpoint(Path(locate(str(model))))
     if (check or runtime == "onnxruntime") and not fits(checkpoint, torch.float32):
         hint = "--no-check writes GGUF block by block" if runtime == "llama.cpp" else "use a machine with more memory"
         refuse("too-large", f"export of {str(model)!r}", "the whole model in float32 does not fit in memory", hint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = work_folder(path)
-    with locked(work):
-        try:
-            told.start("export", _STEP[check])
-            new = work / path.name
-            if runtime == "llama.cpp":
-                found, outcome = _gguf(checkpoint, new, dtype, check, tokenizer, told)
-            else:
-                found, outcome = _onnx(checkpoint, new, dtype, check, told)
-            size = sum(file.stat().st_size for file in work.glob(f"{path.name}*"))
-            _publish(new, path, told)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with passing_workplace(path) as work:
+        told.start("export", _STEP[check])
+        new = work / path.name
+        if runtime == "llama.cpp":
+            found, outcome = _gguf(checkpoint, new, dtype, check, tokenizer, told)
+        else:
+            found, outcome = _onnx(checkpoint, new, dtype, check, told)
+        size = sum(file.stat().st_size for file in work.glob(f"{path.name}*"))
+        _publish(new, path, told)
     state = f"verified({outcome['version']})" if outcome else _unchecked(checkpoint, runtime)
     return {
         "output": str(path),

@@ -19,10 +19,14 @@ def require_output(request: Request, what: str) -> Path:
     """The folder to write; it must be named, and free unless ``--force`` is given."""
     if request.output is None:
         refuse("no-output", what, "no output folder is named", "-o small/")
-    output = Path(request.output)
-    if output.exists() and not request.force:
-        hint = "choose another folder, or --force to move the old one aside"
-        refuse("output-exists", f"output {request.output!r}", "it exists already", hint)
+    return require_free(Path(request.output), request.force)
+
+
+def require_free(output: Path, force: bool) -> Path:
+    """A file or folder to write; one that exists is refused unless it may be moved aside."""
+    if output.exists() and not force:
+        hint = "choose another name, or --force to move the old one aside"
+        refuse("output-exists", f"output {str(output)!r}", "it exists already", hint)
     return output
 
 
@@ -30,6 +34,18 @@ def require_text(request: Request) -> None:
     """The held-out text must be there; it is not opened."""
     if request.text is not None and not Path(request.text).is_file():
         refuse("no-text", f"text {request.text!r}", "there is no such file")
+
+
+@contextmanager
+def passing_workplace(output: Path) -> Iterator[Path]:
+    """A work folder beside an output that is made in one go: gone at the end, however it ends."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = work_folder(output)
+    with locked(work):
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @dataclass

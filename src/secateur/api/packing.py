@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from secateur.api.outputs import passing_workplace, require_free
 from secateur.archives.bitsback import FORMS, Content, Form, Saved, read, write
 from secateur.archives.container import Archive, Header
 from secateur.archives.stack import Stack, require_coder
@@ -22,10 +21,9 @@ from secateur.checkpoints.checkpoint import EMBEDDING
 from secateur.checkpoints.folder import CONFIG, DTYPES, INDEX, RECORD, TensorHeader, read_json
 from secateur.checkpoints.hub import locate
 from secateur.cuts.gauge import FreeRotations
-from secateur.engine.journal import locked, work_folder
 from secateur.engine.prepare import context_of
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.publish import next_free, publish
+from secateur.engine.publish import appear, publish
 from secateur.errors import InternalError, near, refuse
 from secateur.inference import open_checkpoint
 from secateur.inference.opening import FAMILY_FILE
@@ -72,7 +70,7 @@ def pack(
     if form not in FORMS:
         refuse("bad-form", f"form {form!r}", "there is no such form", near(form, FORMS))
     wanted: Form = FORMS[FORMS.index(form)]
-    _require_free(path, force)
+    require_free(path, force)
     require_coder()
     checkpoint = open_checkpoint(Path(locate(str(model))))
     _require_memory(checkpoint)
@@ -86,7 +84,7 @@ def pack(
     if wanted == "square" and not free.shortcuts:
         found = "one basis serves all of its norms, so that there is no shortcut"
         refuse("bad-form", f"packing {str(model)!r} in the square form", found, "--form triangular")
-    with _work(path) as work:
+    with passing_workplace(path) as work:
         told.start("pack", len(content.groups(wanted)))
         first, files, clear = _companions(checkpoint.folder)
         stack, written, saved = write(content, tensors, wanted, first, told.step)
@@ -100,7 +98,7 @@ def pack(
         _extract(Archive.load(new), work / "out")
         outcome = _compare(checkpoint, work / "out") if check else None
         size = new.stat().st_size
-        _appear(new, path, told)
+        appear(new, path, told)
     return {
         "output": str(path),
         "bytes": size,
@@ -130,10 +128,10 @@ def unpack(
         RequestError: no such file, a damaged one, or the coder is missing; nothing is written.
     """
     started, told, path = time.perf_counter(), progress or Silent(), Path(output)
-    _require_free(path, force)
+    require_free(path, force)
     require_coder()
     source = Archive.load(Path(archive))
-    with _work(path) as work:
+    with passing_workplace(path) as work:
         folder = work / "out"
         _extract(source, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -150,37 +148,10 @@ def unpack(
 # -- around the work ---------------------------------------------------------------------------------------------------
 
 
-def _require_free(path: Path, force: bool) -> None:
-    if path.exists() and not force:
-        hint = "choose another name, or --force to move the old one aside"
-        refuse("output-exists", f"output {str(path)!r}", "it exists already", hint)
-
-
 def _require_memory(checkpoint: Checkpoint) -> None:
     if not fits(checkpoint, torch.float64):
         found = "the whole model does not fit in memory twice"
         refuse("too-large", f"packing {str(checkpoint.folder.path)!r}", found, "use a machine with more memory")
-
-
-@contextmanager
-def _work(path: Path) -> Iterator[Path]:
-    """A work folder beside the output, gone at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = work_folder(path)
-    with locked(work):
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def _appear(new: Path, path: Path, told: Progress) -> None:
-    """Let the file appear by a rename."""
-    if path.exists():
-        aside = next_free(path)
-        path.rename(aside)
-        told.note(f"the old {path.name} is now {aside.name}")
-    new.rename(path)
 
 
 # -- folders as tensors and files --------------------------------------------------------------------------------------

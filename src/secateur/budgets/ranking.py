@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.budgets.path import SizesPath
 from secateur.families import Kind, Sizes
+from secateur.families.sizes import FIELD_OF
 from secateur.spaces import Space, all_spaces
 
-_FIELDS: Final[Mapping[Kind, str]] = {"ffn": "ffn", "kv": "kv", "heads": "group"}
 
-
-class GlobalRanking(Sequence[Sizes]):
+class GlobalRanking(SizesPath):
     """The sizes that remain when the n best of all units of some kinds stay, n rising.
 
     Every block keeps at least one grain of each kind. The routed experts of a block share one width, the mean of what
@@ -38,13 +38,7 @@ class GlobalRanking(Sequence[Sizes]):
     def __len__(self) -> int:
         return len(self._owners) // self._steps + 1
 
-    @overload
-    def __getitem__(self, index: int) -> Sizes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sizes]: ...
-    def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def point(self, index: int) -> Sizes:
         count = len(self._owners) if index == len(self) - 1 else index * self._steps
         kept = torch.bincount(self._owners[:count], minlength=len(self._spaces)).tolist()
         blocks = list(self._base.blocks)
@@ -56,7 +50,7 @@ class GlobalRanking(Sequence[Sizes]):
                 change: dict[str, Any] = {}
                 if others:
                     mean = sum(n for _, n in others) / len(others)
-                    change[_FIELDS[kind]] = self._rounded(mean, others[0][0])
+                    change[FIELD_OF[kind]] = self._rounded(mean, others[0][0])
                 if shared:
                     change["shared"] = self._rounded(shared[0][1], shared[0][0])
                 blocks[place] = replace(blocks[place], **change)

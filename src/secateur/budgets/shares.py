@@ -10,8 +10,7 @@ from secateur.budgets.solver import Budget
 from secateur.errors import RequestError, refuse
 from secateur.families import BlockSizes, Kind, Sizes
 from secateur.families.limits import refusals
-
-FIELDS: Mapping[Kind, str] = {"ffn": "ffn", "kv": "kv", "heads": "group"}
+from secateur.families.sizes import FIELD_OF
 
 
 def sizes_at_shares(budget: Budget, shares: Mapping[Kind, Sequence[float]], base: Sizes | None = None) -> Sizes:
@@ -36,7 +35,7 @@ def sizes_at_shares(budget: Budget, shares: Mapping[Kind, Sequence[float]], base
 
 
 def _narrowed(budget: Budget, block: BlockSizes, kind: Kind, share: float, exact: bool = False) -> BlockSizes:
-    names = (FIELDS[kind], "shared") if kind == "ffn" else (FIELDS[kind],)
+    names = (FIELD_OF[kind], "shared") if kind == "ffn" else (FIELD_OF[kind],)
     change: dict[str, Any] = {}
     for name in names:
         full = getattr(block, name)

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import overload
 
 from torch import Tensor
 
 from secateur.budgets.costs import Costs
+from secateur.budgets.path import SizesPath
 from secateur.budgets.ranking import GlobalRanking
 from secateur.budgets.targets import Target
 from secateur.errors import InternalError, RequestError, refuse
@@ -213,7 +213,7 @@ class Budget:
         return sizes
 
 
-class _Path(Sequence[Sizes]):
+class _Path(SizesPath):
     """Points of a path of sizes, computed when asked for."""
 
     _POINTS = 4097
@@ -224,14 +224,8 @@ class _Path(Sequence[Sizes]):
     def __len__(self) -> int:
         return self._POINTS
 
-    @overload
-    def __getitem__(self, index: int) -> Sizes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sizes]: ...
-    def __getitem__(self, index: int | slice) -> Sizes | list[Sizes]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._at(range(len(self))[index])
+    def point(self, index: int) -> Sizes:
+        return self._at(index)
 
 
 def _number(value: float) -> str:

@@ -10,13 +10,18 @@ from secateur.engine.progress import Progress
 
 
 def publish(result: Path, output: Path, progress: Progress) -> None:
-    """Let ``result`` appear as ``output`` by one rename, an old output moved aside first; drops the work folder."""
+    """Let ``result`` appear as ``output``; drops the work folder."""
+    appear(result, output, progress)
+    shutil.rmtree(work_folder(output))
+
+
+def appear(result: Path, output: Path, progress: Progress) -> None:
+    """Give a file or folder its name by one rename, an old one moved aside first."""
     if output.exists():
         aside = next_free(output)
         output.rename(aside)
         progress.note(f"the old {output.name} is now {aside.name}")
     result.rename(output)
-    shutil.rmtree(work_folder(output))
 
 
 def next_free(folder: Path) -> Path:

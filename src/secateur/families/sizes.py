@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -12,6 +12,9 @@ from secateur.families.roles import SHORTCUTS, WHOLE
 Kind = Literal["ffn", "kv", "heads", "residual", "blocks"]
 Expert = int | Literal["shared"] | None
 """An expert of a block: its number, the one that every token visits, or None in a dense FFN."""
+
+FIELD_OF: Final[Mapping[Kind, str]] = {"ffn": "ffn", "kv": "kv", "heads": "group"}
+"""Which size of a block counts its units of a kind."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Sizes:
         for block in self.blocks:
             if not block.has("ffn" if kind == "ffn" else "attention"):
                 continue
-            value = {"ffn": block.ffn, "kv": block.kv, "heads": block.group}[kind]
+            value = getattr(block, FIELD_OF[kind])
             yield kind == "ffn" and block.experts > 0, value, block.shared if kind == "ffn" else 0
 
     def size(self, kind: Kind) -> int:
@@ -175,7 +178,7 @@ class Sizes:
         def scaled(value: int) -> int:
             return max(1, value * size // present) if value else 0
 
-        field = {"ffn": "ffn", "kv": "kv", "heads": "group"}[kind]
+        field = FIELD_OF[kind]
         blocks = []
         for block in self.blocks:
             change: dict[str, Any] = {field: scaled(getattr(block, field))}
