@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,23 @@ def test_a_table_grows_by_what_is_new(
     assert {cell["ratio"] for cell in fewer} == {0.2}
     made("random", "0.2", layout="native", options={"random.spaces": "kv"})
     assert inline.count("make_and_measure") == 3
+
+
+def test_three_seeds_of_what_is_drawn() -> None:
+    """Which methods run three seeds depends on their options."""
+    expected = {
+        "slicegpt": 1,
+        "slicegpt:basis=random": 3,
+        "slicegpt:orientation=random": 1,
+        "dotresize:basis=random": 3,
+        "dotresize:spaces=ffn:basis=random": 1,
+        "disp_llm": 3,
+        "disp_llm:mode=fisher": 1,
+        "prunenet:policy=p:select=topk": 1,
+        "random": 3,
+    }
+    request = CompareRequest(model="m", methods=tuple(expected), ratio=0.2, layout="per-layer")
+    assert Counter(cell.row.label for cell in cells_of(request, rows_of(request))) == expected
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

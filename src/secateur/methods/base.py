@@ -147,7 +147,8 @@ class Method(BaseModel):
         output: what kind of result it writes.
         group: which comparison takes it up (``compare --methods all-GROUP``); ``structured``: the result is a smaller
             dense checkpoint.
-        seeded: whether the result depends on the seed in more than the draw of calibration windows.
+        seeded: whether the result depends on the seed in more than the draw of calibration windows; a property where
+            an option decides it.
         ours: set where the method or a variant is Secateur's own.
     """
 

@@ -35,7 +35,6 @@ class DispLlm(Method, LearningOptions):
     paper = "arXiv:2410.11988"
     data = "text"
     output = "dense-per-layer"
-    seeded = True
 
     constrained: Literal["none", "same", "structural"] = Field(
         "none",
@@ -47,6 +46,10 @@ class DispLlm(Method, LearningOptions):
         description="train the hypernetwork, or (ours, no training) take squared gradients of open gates",
     )
     logits: str | None = Field(None, description=f"{LOGITS}.safetensors of an earlier run: reuse it, at any ratio")
+
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        return self.mode == "learned" and self.logits is None
 
     def in_layout(self, layout: Layout) -> Self:
         if layout == "native" and self.constrained != "same":

@@ -30,11 +30,15 @@ class PruneNet(Method, PolicyOptions):
     name = "prunenet"
     title = "You Only Prune Once: Calibration-Free Model Compression With Policy Learning"
     paper = "arXiv:2501.15296"
-    seeded = True
 
     policy: str | None = Field(
         None, description=f"{POLICY}.safetensors of an earlier run: reuse it instead of training"
     )
+
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """It learns by drawing rows; what was learned before may draw them too."""
+        return self.policy is None or self.select != "topk"
 
     def files(self) -> dict[str, str]:
         return {} if self.policy is None else {POLICY: self.policy}

@@ -76,7 +76,7 @@ def describe_method(name: str) -> dict[str, Any]:
         "data": kind.data,
         "output": kind.output,
         "group": kind.group,
-        "seeded": kind.seeded,
+        "seeded": kind.model_construct().seeded,  # as it is by default
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
     }

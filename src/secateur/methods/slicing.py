@@ -65,6 +65,10 @@ class Slicing(Method):
         "mean", description="what the head reads where layers differ: the mean width, or all (as the paper)"
     )
 
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        return self.cuts == "residual" and self.basis_name == "random"
+
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @property
