@@ -11,6 +11,7 @@ import grid
 import models
 import secateur
 from conftest import Checkpoints
+from secateur.cli import main
 from secateur.errors import RequestError
 from secateur.methods.registry import method_class, method_names
 
@@ -105,6 +106,32 @@ def test_preview_lists_every_problem_at_once(tmp_path: Path) -> None:
     codes = [problem["code"] for problem in seen["problems"]]
     assert {"unknown-method", "output-exists", "no-text", "no-data", "shape"} <= set(codes)
     assert codes.count("shape") == 9
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "layout", "foreseen"),
+    [
+        ("magnitude", {}, "per-layer", True),
+        ("magnitude", {"allocation": "global"}, "per-layer", False),
+        ("flap", {}, "native", True),
+        ("flap", {}, "per-layer", False),
+        ("dynamic_slicing", {}, "per-layer", False),
+        ("joint", {}, "native", False),
+    ],
+)
+def test_preview_says_what_only_the_run_decides(
+    method: str,
+    options: dict[str, str],
+    layout: str,
+    foreseen: bool,
+    checkpoint: Checkpoints,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    with pytest.raises(SystemExit) as caught:
+        main(["preview", str(checkpoint()), "--method", method, "--ratio", "0.2", "--layout", layout, *words])
+    assert caught.value.code == 0
+    assert ("known only at the run" in " ".join(capsys.readouterr().out.split())) is not foreseen
 
 
 def test_preview_proceeds_without_data(checkpoint: Checkpoints) -> None:

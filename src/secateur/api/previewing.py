@@ -39,8 +39,10 @@ def preview(
 
     Returns:
         ``problems`` (errors as dictionaries), and, as far as they can be told, ``method``, ``output_kind``, ``sizes``,
-        ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds), ``kept_tied`` (those it
-        would add, where a narrowed model keeps one table), ``peak_bytes`` (estimate), ``layout``, ``loads_in``.
+        ``foreseen`` (whether the run will come to these sizes; else they are those of an even cut, and what gives how
+        much is known only at the run), ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds),
+        ``kept_tied`` (those it would add, where a narrowed model keeps one table), ``peak_bytes`` (estimate),
+        ``layout``, ``loads_in``.
     """
     problems: list[SecateurError] = []
     found: dict[str, Any] = {"problems": []}
@@ -105,6 +107,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "needs_data": method.data != "none",
         "output_kind": worth(method.output, request.layout),
         "sizes": sizes,
+        "foreseen": request.is_copy or method.foresees(budget),
         "achieved": achieved,
         "untied": head if dense.tied and not after.tied else 0,
         "kept_tied": head if after.tied and after.residual != dense.residual else 0,

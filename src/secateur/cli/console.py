@@ -135,6 +135,8 @@ def show_preview(result: dict[str, Any]) -> None:
             table.add_row(kind, str(change["before"]), str(change["after"]))
         _out.print(table)
         _out.print(_counts(result["achieved"]))
+        if not result["foreseen"]:
+            _out.print("these are the sizes of an even cut: which blocks give how much is known only at the run")
         if result["untied"]:
             _out.print(
                 f"the head must be untied from the embedding: {result['untied']:,} parameters more, counted above"

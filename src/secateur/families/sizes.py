@@ -167,6 +167,11 @@ class Sizes:
                 return None
         return self.size(kind)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all blocks are of the same sizes."""
+        return len(set(self.blocks)) <= 1
+
     def resized(self, kind: Kind, size: int) -> Sizes:
         """These sizes with ``size(kind)`` set to ``size``; smaller blocks, and shared experts, in proportion."""
         if kind == "residual":

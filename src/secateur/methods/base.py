@@ -208,6 +208,10 @@ class Method(BaseModel):
         """Sizes that would remain."""
         return self._solve(budget, self.cuts)
 
+    def foresees(self, budget: Budget) -> bool:
+        """Whether the run will come to ``sizes``; else it decides what gives how much, and they are an even cut."""
+        return False
+
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summaries of one place, most often one number per unit of a space, higher = keep."""
         return {}

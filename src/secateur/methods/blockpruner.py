@@ -67,6 +67,9 @@ class BlockPruner(Method):
             path.append(without(budget.sizes, gone))
         return self._nearest(budget, path)
 
+    def foresees(self, budget: Budget) -> bool:
+        return self.units == "blocks" and budget.sizes.alike
+
     def _enough(self, budget: Budget, sizes: Sizes, gone: int, units: int) -> bool:
         return budget.met(sizes) if self.sparsity is None else gone >= int(self.sparsity * units)
 

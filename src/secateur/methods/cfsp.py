@@ -42,6 +42,9 @@ class Cfsp(Method):
     def sizes(self, budget: Budget) -> Sizes:
         return self._sizes(budget, torch.ones(len(budget.sizes.blocks)))
 
+    def foresees(self, budget: Budget) -> bool:
+        return budget.layout == "native"
+
     def _sizes(self, budget: Budget, coarse: Tensor) -> Sizes:
         """Widths by coarse importance; one for all blocks where the layout has only one."""
         if budget.layout == "native":

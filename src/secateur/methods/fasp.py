@@ -64,6 +64,9 @@ class Fasp(Method):
             return narrowed(budget, [1 - self.sparsity] * blocks, ("ffn", "value"), exact=True)
         return solve_shares(budget, lambda share: [share] * blocks, ("ffn", "value"))
 
+    def foresees(self, budget: Budget) -> bool:
+        return True
+
     def decide(self, study: Study) -> Plan:
         return Plan(study.budget.sizes, self.sizes(study.budget))
 

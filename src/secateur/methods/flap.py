@@ -76,6 +76,9 @@ class Flap(Method):
         blocks, kinds = len(base.blocks), self.kinds(budget)
         return solve_shares(budget, lambda share: [share] * blocks, kinds, base)
 
+    def foresees(self, budget: Budget) -> bool:
+        return self.structure == "ul-um"
+
     def _own_ratio(self, budget: Budget) -> Budget:
         """The paper's ratio counts the parameters of the blocks."""
         if self.sparsity is None:

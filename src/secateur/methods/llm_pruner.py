@@ -78,6 +78,9 @@ class LlmPruner(TaylorGroups):
         both = replace(budget, tolerance=None).solve_along(lambda share: at(share, kinds), what)
         return budget.solve_along(lambda share: with_ffn_of(both, at(share, ["ffn"])), what)
 
+    def foresees(self, budget: Budget) -> bool:
+        return self.allocation == "uniform"
+
     def decide(self, study: Study) -> Plan:
         groups, steps = Groups(study, self), self.iterative_steps
         after = self.sizes(study.budget)

@@ -91,6 +91,9 @@ class MoDeGpt(Method):
     def sizes(self, budget: Budget) -> Sizes:
         return self._sizes(budget, torch.ones(len(budget.sizes.blocks)))
 
+    def foresees(self, budget: Budget) -> bool:
+        return budget.layout == "native"
+
     def _sizes(self, budget: Budget, influence: Tensor) -> Sizes:
         if budget.layout == "native":
             return self._solve(budget, "ffn")

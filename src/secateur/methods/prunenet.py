@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.budgets import Budget
 from secateur.errors import refuse
 from secateur.methods.base import Method, Study
 from secateur.plans import Artifact, Chart, Plan, points_of
@@ -42,6 +43,9 @@ class PruneNet(Method, PolicyOptions):
 
     def files(self) -> dict[str, str]:
         return {} if self.policy is None else {POLICY: self.policy}
+
+    def foresees(self, budget: Budget) -> bool:
+        return True
 
     def decide(self, study: Study) -> Plan:
         """Train the policy on all matrices (or take a trained one), then keep the rows it selects."""

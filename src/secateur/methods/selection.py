@@ -49,6 +49,9 @@ class Selection(Method):
         keeps_tie = self.cuts != "residual" or budget.architecture.family.norm == "rms"
         return self._solve(budget, self.cuts, None if keeps_tie else budget.sizes.untied())
 
+    def foresees(self, budget: Budget) -> bool:
+        return self.allocation == "uniform" and (self.cuts != "blocks" or budget.sizes.alike)
+
     def unit_scores(self, study: Study, space: Space) -> Tensor:
         """One number per unit of a space, [size]."""
         raise NotImplementedError

@@ -43,6 +43,9 @@ class ShortGpt(Method):
     def cuts(self) -> Kind:
         return "blocks"
 
+    def foresees(self, budget: Budget) -> bool:
+        return budget.sizes.alike
+
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.contiguous and view.place is not None:
             return {"ends": evidence["ends"]}

@@ -154,6 +154,9 @@ class Slicing(Method):
             return budget.solve("residual", base)
         return budget.at("residual", floored((1 - self.sparsity) * budget.sizes.residual), base)
 
+    def foresees(self, budget: Budget) -> bool:
+        return self.schedule == "constant" or self.cuts != "residual"
+
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared.
 
