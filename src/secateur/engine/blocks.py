@@ -109,6 +109,10 @@ class BlockRunner:
         Only the stem needs its weights. Nothing is built by hand: masks, positions and rotary tables are what the stock
         model makes.
         """
+        return self.captured(ids)
+
+    def captured(self, ids: Tensor) -> tuple[Tensor, list[Call]]:
+        """The same, differentiable where gradients are on."""
         calls: list[Call] = []
         hidden: list[Tensor] = []
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from torch.nn import functional
 from secateur.checkpoints import Checkpoint
 from secateur.engine.activations import Activations, stored
 from secateur.engine.blocks import BlockRunner
+from secateur.engine.collector import Collector
 from secateur.engine.journal import Journal
-from secateur.errors import refuse
-from secateur.evidence import CrossMoments, Influence
+from secateur.errors import InternalError, refuse
+from secateur.evidence import Influence
 from secateur.families import Block
 from secateur.methods.base import Derivative, Gradients
 from secateur.plans.plan import place_of
@@ -57,6 +57,7 @@ class CalibrationTrials:
         self._count = 0
         self._base: Edited = {}
         self._signals: list[Tensor] = []
+        self._dense: Tensor | None = None  # signal behind the last block of the dense model
         self._activations: Activations | None = None
         self._first: Tensor | None = None
 
@@ -110,22 +111,59 @@ class CalibrationTrials:
         Args:
             edits: canonical tensors in dense shape, by name.
         """
-        return self._recorded_or(edits or {}, False)
+        return self._recorded_or(lambda: self._loss(edits or {}, False))
 
     def settle(self, edits: Edited | None = None) -> float:
         """The loss with ``edits``, from which the next trials start: they run from the first block that differs."""
         self._base, self._signals = dict(edits or {}), []
-        return self._recorded_or(self._base, True)
+        return self._recorded_or(lambda: self._loss(self._base, True))
 
-    def _recorded_or(self, edits: Edited, remember: bool) -> float:
+    def divergence(self, edits: Edited | None = None) -> float:
+        """Mean divergence KL(dense || edited) of the predictions per predicted token, in nats.
+
+        Args:
+            edits: canonical tensors of blocks in dense shape, by name.
+        """
+        return self._recorded_or(lambda: self._divergence(edits or {}))
+
+    def _recorded_or(self, compute: Callable[[], float]) -> float:
         self._count += 1
         if self._count <= len(self._recorded):
             return self._recorded[self._count - 1]
-        value = self._loss(edits, remember)
+        value = compute()
         self._journal.add("trial", loss=value)
         return value
 
     def _loss(self, edits: Edited, remember: bool) -> float:
+        values = self._forward(edits, remember).values
+        return self._mean(lambda ids, batch: _negative_log_likelihood(self._logits(ids, values[batch]), ids))
+
+    def _divergence(self, edits: Edited) -> float:
+        if any(name.startswith("stem.") for name in edits):
+            raise InternalError("divergence", "the divergence of an edited stem", "the dense head is not at hand")
+        if self._dense is None:
+            dense = self._forward({}, False)
+            self._dense = self._signals_file(dense, 1, "dense.bin")[0]
+            self._dense.copy_(dense.values)
+        first, second = self._dense, self._forward(edits, False).values
+
+        def part(ids: Tensor, batch: slice) -> Tensor:
+            return _divergence(self._logits(ids, first[batch]), self._logits(ids, second[batch]))
+
+        return self._mean(part)
+
+    def _logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        return self._runner.logits(ids, hidden.to(self._runner.device))
+
+    def _mean(self, part: Callable[[Tensor, slice], Tensor]) -> float:
+        """Mean per predicted token of a sum over the tokens of a batch; infinite where it is no number."""
+        assert self._activations is not None
+        total = sum(float(part(self._ids[batch], batch)) for batch in self._activations.batches)
+        mean = total / self._ids[:, 1:].numel()
+        return mean if math.isfinite(mean) else math.inf
+
+    def _forward(self, edits: Edited, remember: bool) -> Activations:
+        """The signal behind the last block."""
         blocks = len(self._runner.blocks)
         changed = {n for n in {*edits, *self._base} if edits.get(n) is not self._base.get(n)}
         places = {place_of(name) for name in changed}
@@ -141,14 +179,7 @@ class CalibrationTrials:
             if remember:
                 self._signals.append(activations.values.clone())
             self._advance(activations, block, edits)
-        total, count = 0.0, 0
-        for batch in activations.batches:
-            ids = self._ids[batch]
-            logits = self._runner.logits(ids, activations.values[batch].to(self._runner.device))
-            total += float(_negative_log_likelihood(logits, ids))
-            count += ids[:, 1:].numel()
-        mean = total / count
-        return mean if math.isfinite(mean) else math.inf
+        return activations
 
     def _advance(self, activations: Activations, block: int, edits: Edited) -> None:
         self._load(block, edits)
@@ -168,17 +199,18 @@ class CalibrationTrials:
     ) -> Iterator[Gradients]:
         """Gradients of the mean loss, place by place from the head to the first block, by recomputing each block.
 
-        Never more than one block's gradients are held. Those of the token embedding are not computed.
+        Never more than one block's gradients are held. Those of the token embedding come last, where they are wanted.
 
         Args:
             edits: canonical tensors in dense shape, by name.
             wanted: which fields to fill.
-            generator: draws the labels from the network's own predictions instead of taking the text's.
+            generator: draws the labels from the network's own predictions instead of taking the text's; not those
+                of the tables.
         """
         edits = edits or {}
         runner, blocks = self._runner, len(self._runner.blocks)
         activations = self._start(edits)
-        inputs = self._signals_file(activations, blocks + 1)
+        inputs = self._signals_file(activations, blocks + 1, "signals.bin")
         influences = []
         for block in range(blocks):
             inputs[block] = activations.values
@@ -192,7 +224,7 @@ class CalibrationTrials:
         backward = torch.empty_like(activations.values)
         for place in (None, *reversed(range(blocks))):
             self._load(place, edits)
-            collector = _Collector(runner, place, wanted, self._ids)
+            collector = Collector(runner, place, wanted, self._ids)
             signals = inputs[blocks if place is None else place]
             for batch in rows:
                 hidden = signals[batch].to(runner.device).requires_grad_(True)
@@ -216,10 +248,23 @@ class CalibrationTrials:
             yield Gradients(place, *collector.close(), influence_of)
             if place is not None:
                 self._free(place)
+        if "tables" in wanted:
+            self._load(None, edits)
+            collector = Collector(runner, None, wanted, self._ids, tables=True)
+            for batch in rows:
+                ids = self._ids[batch]
+                with torch.enable_grad():
+                    first, _ = runner.captured(ids)
+                    output = (first * backward[batch].to(first)).sum()
+                    if runner.architecture.sizes.tied:  # the head reads the same table
+                        logits = runner.logits_of(ids, inputs[blocks][batch].to(runner.device))
+                        output = output + _negative_log_likelihood(logits, ids) / collector.predicted
+                    collector.add(torch.autograd.grad(output, collector.parameters, allow_unused=True))
+            yield Gradients(None, *collector.close(), torch.zeros(0))
 
-    def _signals_file(self, activations: Activations, count: int) -> Tensor:
+    def _signals_file(self, activations: Activations, count: int, name: str) -> Tensor:
         values = activations.values
-        return stored(self._folder / "signals.bin", (count, *values.shape), values.dtype, _REMEMBERED // 4)
+        return stored(self._folder / name, (count, *values.shape), values.dtype, _REMEMBERED // 4)
 
     # -- the network -----------------------------------------------------------------------------------------------
 
@@ -238,71 +283,6 @@ class CalibrationTrials:
         yield self._runner.model
 
 
-_BRANCHES = {"attention": "attention_shortcut", "ffn": "ffn_shortcut"}
-
-
-class _Collector:
-    """Sums the gradients of one place over windows."""
-
-    def __init__(self, runner: BlockRunner, place: Block, wanted: Collection[Derivative], ids: Tensor) -> None:
-        self._runner, self._wanted, self._windows = runner, wanted, len(ids)
-        self.predicted = ids[:, 1:].numel()
-        architecture, names = runner.architecture, ("stem.embedding.weight", "stem.positions.weight")
-        weights = "mean" in wanted or "squares" in wanted
-        self._packed = [p for p in architecture.packed_of(place) if weights and not set(names) & set(p.canonical)]
-        self.parameters = [runner.parameter(packed).requires_grad_(True) for packed in self._packed]
-        self._mean = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        self._square = [torch.zeros_like(mean) for mean in self._mean] if "squares" in wanted else []
-        self._modules: dict[str, nn.Module] = {}
-        if "signals" in wanted and place is not None:
-            for branch, role in _BRANCHES.items():
-                if role in architecture.shortcut_roles or architecture.parallel:
-                    self._modules[branch] = runner.model.get_submodule(architecture.writer_of(role, place))
-        self._signals = {
-            b: CrossMoments(architecture.sizes.residual, architecture.sizes.residual, runner.device)
-            for b in self._modules
-        }
-        self.heard: list[Tensor] = []
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Remember what the branches give inside."""
-        self.heard = []
-
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            self.heard.append(output[0] if isinstance(output, tuple) else output)
-
-        with ExitStack() as stack:
-            for module in self._modules.values():
-                stack.callback(module.register_forward_hook(hook).remove)
-            yield
-
-    def add(self, gradients: tuple[Tensor | None, ...]) -> None:
-        """Add the gradients of one batch with respect to the parameters and to what was heard."""
-        count = len(self.parameters)
-        for index, gradient in enumerate(gradients[:count]):
-            if gradient is not None:
-                self._mean[index] += gradient
-                if self._square:  # of the loss of this window alone, not of its share of the mean
-                    self._square[index] += (gradient.float() * self._windows).square() / self._windows
-        for sums, gradient in zip(self._signals.values(), gradients[count:], strict=True):
-            if gradient is not None:
-                sums.add(gradient, gradient)
-                sums.close_shard()
-
-    def close(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Means, squares and signals."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-        shapes = self._runner.architecture.shapes
-        both: list[dict[str, Tensor]] = [{}, {}]
-        for found, sums in zip(both, (self._mean, self._square), strict=True):
-            for packed, total in zip(self._packed, sums, strict=False):
-                found.update(packed.unpack(total, shapes))
-        signals = {branch: sums.total * self.predicted for branch, sums in self._signals.items()}
-        return both[0], both[1], signals
-
-
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Labels drawn from the predictions themselves, [windows, tokens]: that of each position stands behind it."""
     chances = logits.detach()[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
@@ -318,3 +298,8 @@ def _before_blocks(name: str) -> bool:
 def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
     flat = logits[:, :-1].float().flatten(0, 1)
     return functional.cross_entropy(flat, ids[:, 1:].flatten().to(flat.device), reduction="sum")
+
+
+def _divergence(dense: Tensor, edited: Tensor) -> Tensor:
+    first, second = (logits[:, :-1].float().log_softmax(-1) for logits in (dense, edited))
+    return functional.kl_div(second, first, log_target=True, reduction="sum")

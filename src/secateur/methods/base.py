@@ -42,7 +42,7 @@ def worth(output: Output, layout: Layout) -> str:
     return f"{kind}: {WORTH[kind]}"
 
 
-Derivative = Literal["mean", "squares", "signals"]
+Derivative = Literal["mean", "squares", "signals", "tables"]
 
 
 class Trials(Protocol):
@@ -51,8 +51,11 @@ class Trials(Protocol):
     def loss(self, edits: Mapping[str, Tensor] | None = None) -> float:
         """Mean negative log-likelihood per predicted token, in nats."""
 
+    def divergence(self, edits: Mapping[str, Tensor] | None = None) -> float:
+        """Mean divergence KL(dense || edited) of the predictions per predicted token, in nats; edits of blocks only."""
+
     def settle(self, edits: Mapping[str, Tensor] | None = None) -> float:
-        """The same, and trials after it run from the first block in which they differ from these edits."""
+        """The loss, and trials after it run from the first block in which they differ from these edits."""
 
     def gradients(
         self,
@@ -64,7 +67,8 @@ class Trials(Protocol):
 
         Args:
             edits: canonical tensors in dense shape, by name.
-            wanted: which fields of :class:`Gradients` to fill.
+            wanted: which fields of :class:`Gradients` to fill; with ``tables``, those of the embeddings come at the
+                end, as the stem's once more.
             generator: draws the labels from the network's own predictions instead of taking the text's.
         """
 
