@@ -86,16 +86,29 @@ def _weights_of(model: Any, layer: int, kind: str, unit: int) -> dict[str, tuple
     }
 
 
-def _expected(model: Any, ids: Tensor, layer: int, kind: str, unit: int, order: str, reduction: str) -> float:
+_COLUMNS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def _channel_of(model: Any, unit: int) -> dict[str, tuple[str, Any]]:
+    """The rows and columns of a dimension of the stream, the embedding's first."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        reads = any(f"{word}.weight" in name for word in _COLUMNS)
+        where = (slice(None), slice(unit, unit + 1)) if reads else (slice(unit, unit + 1), slice(None))
+        found[name + (":down" if reads else "")] = (name, where[: parameter.ndim])
+    return found
+
+
+def _expected(model: Any, ids: Tensor, weights: dict[str, tuple[str, Any]], order: str, reduction: str) -> float:
     mean = _gradients(model, ids)
     each = [_gradients(model, row[None]) for row in ids]
     parameters = dict(model.named_parameters())
     found = []
-    for role, (name, where) in _weights_of(model, layer, kind, unit).items():
+    for role, (name, where) in weights.items():
         w, g = parameters[name][where].detach(), mean[name][where]
         fisher = torch.stack([one[name][where].square() for one in each]).mean(0)
         lines = {
-            "vectorize": lambda w=w, g=g, role=role: (w * g).sum(0 if role in ("down", "out") else 1).abs(),
+            "vectorize": lambda w=w, g=g, role=role: (w * g).sum(0 if role.endswith(("down", "out")) else -1).abs(),
             "param_first": lambda w=w, g=g: (w * g).abs(),
             "param_second": lambda w=w, f=fisher: w * w * f,
             "param_mix": lambda w=w, g=g, f=fisher: (w * g - w * w * f / 2).abs(),
@@ -120,7 +133,57 @@ def test_scores_are_those_of_autograd(
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     for layer, kind, unit in ((0, "ffn", 3), (1, "kv", 0), (1, "kv", 2)):
         found = float(groups.scores[f"blocks.{layer}.{kind}"][unit])
-        assert found == pytest.approx(_expected(model, ids, layer, kind, unit, order, reduction), rel=1e-3)
+        weights = _weights_of(model, layer, kind, unit)
+        assert found == pytest.approx(_expected(model, ids, weights, order, reduction), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize(("order", "reduction"), [("vectorize", "sum"), ("param_first", "max"), ("param_mix", "first")])
+def test_channels_are_scored_with_all_that_meets_them(
+    family: str, order: str, reduction: str, checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    """Every block, the norms, the head and the embedding: a tied table by both of its gradients together."""
+    folder = checkpoint(family, DOUBLE)
+    groups, ids = _groups(folder, notes, tmp_path / "run", mode="channel", taylor=order, reduction=reduction)
+    model = models.load(folder, dtype=DOUBLE)
+    for unit in (0, 17):
+        expected = _expected(model, ids, _channel_of(model, unit), order, reduction)
+        assert float(groups.scores["residual"][unit]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_channel_without_effect_goes_first(notes: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["model.embed_tokens.weight"][:, 5] = 0
+        for layer in range(3):
+            tensors[f"model.layers.{layer}.mlp.down_proj.weight"][5] = 0
+            tensors[f"model.layers.{layer}.self_attn.o_proj.weight"][5] = 0
+        return tensors
+
+    model = models.save(tmp_path / "model", "llama", DOUBLE, edit=edit)
+    for steps in (1, 2):
+        wanted = _request(
+            notes, "llm_pruner", options={"mode": "channel", "taylor": "param_rms", "iterative_steps": steps}
+        )
+        plan, _ = grid.plan_of(model, tmp_path / f"run-{steps}", **wanted)
+        assert set(plan.kept) == {"residual"}
+        assert len(plan.kept["residual"]) == plan.after.residual < plan.before.residual
+        assert 5 not in plan.kept["residual"]
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"allocation": "global"}, "one for all blocks"),
+        ({"last": 1}, "one for all blocks"),
+        ({"reduction": "prod"}, "too small"),
+    ],
+)
+def test_channels_have_no_blocks(options: dict[str, Any], found: str, checkpoint: Checkpoints, notes: Path) -> None:
+    with pytest.raises(RequestError, match=found):
+        secateur.prune(
+            checkpoint(), output="nowhere", **_request(notes, "llm_pruner", options={"mode": "channel", **options})
+        )
+    assert not Path("nowhere").exists()
 
 
 def test_first_order_is_the_slope_of_the_loss(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:

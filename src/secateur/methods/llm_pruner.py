@@ -1,5 +1,6 @@
 """LLM-Pruner: coupled groups go by Taylor importance, as many in every block but the first and last (arXiv:2305.11627).
 
+Block-wise, a group lies in a block; channel-wise, it is a dimension of the residual stream with all that meets it.
 Recovery, which the paper adds, is ``secateur recover``.
 """
 
@@ -16,11 +17,13 @@ from secateur.budgets.shares import sizes_at_shares, with_ffn_of
 from secateur.errors import refuse
 from secateur.families import Kind, Layout, Sizes
 from secateur.methods.base import Study
+from secateur.methods.selection import dimensions_base
 from secateur.methods.taylor import Groups, TaylorGroups
 from secateur.plans import Plan
 
 _PAPER_DEPTH, _PAPER_FIRST, _PAPER_LAST = 32, 4, 2  # blocks 4 to 29 of 32 are cut
 _PER_LAYER: Final = "--layout per-layer"
+_OF_BLOCKS: Final = frozenset({"allocation", "targets", "first", "last"})
 
 
 class LlmPruner(TaylorGroups):
@@ -30,6 +33,9 @@ class LlmPruner(TaylorGroups):
     title = "LLM-Pruner: On the Structural Pruning of Large Language Models"
     paper = "arXiv:2305.11627"
 
+    mode: Literal["block", "channel"] = Field(
+        "block", description="groups of every block, or dimensions of the residual stream, the same for all blocks"
+    )
     allocation: Literal["uniform", "global"] = Field(
         "uniform", description="the same share in every block, or what one ranking of all groups leaves (per-layer)"
     )
@@ -41,7 +47,16 @@ class LlmPruner(TaylorGroups):
     )
     iterative_steps: PositiveInt = Field(1, description="sweeps of gradients, a part of the groups going after each")
 
+    @property
+    def cuts(self) -> Kind:
+        return "residual" if self.mode == "channel" else "ffn"
+
+    def kinds(self, budget: Budget) -> list[Kind]:
+        return ["residual"] if self.mode == "channel" else super().kinds(budget)
+
     def in_layout(self, layout: Layout) -> Self:
+        if self.mode == "channel":
+            return self._of_the_stream()
         if layout == "native":
             asked = [f"first={self.first}"] if self.first else []
             asked += [f"last={self.last}"] if self.last else []
@@ -51,6 +66,15 @@ class LlmPruner(TaylorGroups):
                 refuse("not-native", f"{self.name} with {', '.join(asked)} in the native layout", found, _PER_LAYER)
             return self.model_copy(update={"first": 0, "last": 0})
         return self
+
+    def _of_the_stream(self) -> Self:
+        asked = f"{self.name} with mode=channel"
+        if idle := sorted(self.model_fields_set & _OF_BLOCKS):
+            refuse("bad-option", f"{asked} and {idle[0]}", "the stream is one for all blocks", f"leave {idle[0]} out")
+        if self.reduction == "prod":
+            found = "the product over the matrices of all blocks is too small for a number"
+            refuse("bad-option", f"{asked} and reduction=prod", found, "--set reduction=sum")
+        return self.model_copy(update={"first": 0, "last": 0})
 
     def whole(self, depth: int) -> set[int]:
         """Blocks that are left whole."""
@@ -63,6 +87,8 @@ class LlmPruner(TaylorGroups):
 
     def sizes(self, budget: Budget) -> Sizes:
         """The same share everywhere; heads come in few, so the neurons make up for how their number is rounded."""
+        if self.mode == "channel":
+            return self._solve(budget, "residual", dimensions_base(budget))
         kinds, depth = self.kinds(budget), len(budget.sizes.blocks)
         whole = self.whole(depth)
 

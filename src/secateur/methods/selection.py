@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -46,8 +47,7 @@ class Selection(Method):
         return self
 
     def sizes(self, budget: Budget) -> Sizes:
-        keeps_tie = self.cuts != "residual" or budget.architecture.family.norm == "rms"
-        return self._solve(budget, self.cuts, None if keeps_tie else budget.sizes.untied())
+        return self._solve(budget, self.cuts, dimensions_base(budget) if self.cuts == "residual" else None)
 
     def foresees(self, budget: Budget) -> bool:
         return self.allocation == "uniform" and (self.cuts != "blocks" or budget.sizes.alike)
@@ -66,13 +66,28 @@ class Selection(Method):
             after = self.sizes(study.budget)
         kept = {}
         for space, left in zip(spaces, all_spaces(after, self.cuts), strict=True):
-            # of a stream without a mean, one dimension goes to keeping it so
-            count = left.size - (before.mean_free if self.cuts == "residual" else 0)
+            count = after.directions(SHARED) if self.cuts == "residual" else left.size
             kept[space.name] = keep_best(scores[space.name], count)
         charts = score_charts(scores, kept) if self.draws_scores else ()
-        if self.cuts == "residual" and before.mean_free:  # what survives is carried without its mean: a basis
-            chosen = torch.eye(before.residual, dtype=torch.float64)[:, kept["residual"]]
-            return Plan(before, after, bases={SHARED: chosen}, charts=charts)
+        if self.cuts == "residual":
+            return with_dimensions(Plan(before, after, charts=charts), kept["residual"])
         if self.cuts == "blocks":
             after = before.kept_blocks([int(i) for i in kept["blocks"]])
         return Plan(before, after, kept, charts=charts)
+
+
+def dimensions_base(budget: Budget) -> Sizes:
+    """What dimensions of the stream are taken from: a head stays tied, unless the stream has to change its basis."""
+    return budget.sizes if budget.architecture.family.norm == "rms" else budget.sizes.untied()
+
+
+def with_dimensions(plan: Plan, kept: Tensor) -> Plan:
+    """A plan in which some dimensions of the stream stay.
+
+    Where the norms take the mean away, they are carried without it, in a basis, and one more dimension goes to that:
+    there are ``plan.after.directions(SHARED)`` of them.
+    """
+    if not plan.before.mean_free:
+        return replace(plan, kept={**plan.kept, "residual": kept})
+    chosen = torch.eye(plan.before.residual, dtype=torch.float64)[:, kept]
+    return replace(plan, bases={SHARED: chosen})

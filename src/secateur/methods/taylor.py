@@ -1,4 +1,4 @@
-"""Methods that cut groups of FFN neurons and heads by Taylor scores, in one or more steps of gradients."""
+"""Methods that cut groups by Taylor scores, in one or more steps of gradients."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor
 
 from secateur.budgets import Budget
 from secateur.budgets.shares import cuttable
+from secateur.cuts.stream import SHARED
 from secateur.errors import refuse
 from secateur.families import Kind, Sizes
+from secateur.families.roles import MATRICES, writes_stream
 from secateur.methods.base import Derivative, Method, Study, keep_best
 from secateur.methods.charts import score_charts
+from secateur.methods.selection import with_dimensions
 from secateur.plans import Chart, Plan
-from secateur.scores.taylor import SQUARES, Order, Reduction, unit_saliency
-from secateur.spaces import all_spaces
+from secateur.scores.taylor import SQUARES, Order, Reduction, reduced, unit_saliency
+from secateur.spaces import Space, all_spaces
 
 _READERS = ("down", "out")
+_WRITERS = tuple(role for role in MATRICES if writes_stream(role))
 
 
 class TaylorGroups(Method):
@@ -35,7 +39,9 @@ class TaylorGroups(Method):
         description="importance of a weight: of its row (vectorize), first order, second order (squared gradients of "
         "every window), both, or (ours) the first order of every window, so that signs do not cancel",
     )
-    reduction: Reduction = Field("sum", description="how a group's matrices are put together; first: the gate, or k")
+    reduction: Reduction = Field(
+        "sum", description="how a group's matrices are put together; first: the gate, k, or the embedding"
+    )
 
     def kinds(self, budget: Budget) -> list[Kind]:
         """Kinds of the groups that go."""
@@ -45,6 +51,8 @@ class TaylorGroups(Method):
 
 class Groups:
     """The groups that are still there, and what they scored last.
+
+    A group may also be a dimension of the residual stream, with all that reads and writes it.
 
     Args:
         study: gives the gradients.
@@ -71,34 +79,54 @@ class Groups:
         """Score what is there by gradients of the network without what is not."""
         method, self.influence = self._method, torch.zeros_like(self.influence)
         wanted: tuple[Derivative, ...] = ("mean", "squares") if method.taylor in SQUARES else ("mean",)
+        if "residual" in self.kinds:
+            wanted = (*wanted, "tables")
+        parts: dict[str, dict[str, Tensor]] = {space.name: {} for space in self.spaces}
         for found in self._study.trials.gradients(self.edits(), wanted):
-            if found.place is None:
+            if found.place is not None:
+                self.influence[found.place] = found.influence[0]
+            here = [space for space in self.spaces if space.kind == "residual" or space.place == found.place]
+            if not here:
                 continue
             view = self._study.view(found.place, None)
-            self.influence[found.place] = found.influence[0]
-            for space in (space for space in self.spaces if space.place == found.place):
-                members, alive = view.members(space), self.alive[space.name]
-                given = (found.mean, found.squares, method.taylor, method.reduction)
-                scores = unit_saliency(members, space.size, *given).cpu()
-                if not torch.isfinite(scores).all():
-                    hint = "try --dtype float32, or look at the checkpoint"
-                    refuse("not-finite", "the gradients", f"scores of {space.name} are not finite", hint)
-                self.scores[space.name][alive] = scores[alive]
+            for space in here:
+                members = [m for m in view.members(space) if m.tensor.name in found.mean]
+                parts[space.name] |= unit_saliency(members, space.size, found.mean, found.squares, method.taylor)
+        for space in self.spaces:
+            scores, alive = reduced(parts[space.name], method.reduction).cpu(), self.alive[space.name]
+            if not torch.isfinite(scores).all():
+                hint = "try --dtype float32, or look at the checkpoint"
+                refuse("not-finite", "the gradients", f"scores of {space.name} are not finite", hint)
+            self.scores[space.name][alive] = scores[alive]
 
     def edits(self) -> dict[str, Tensor]:
-        """The matrices that read units which are gone, zero there."""
+        """The matrices that read units which are gone, or write dimensions of the stream that are, zero there."""
         found: dict[str, Tensor] = {}
         for space in self.spaces:
             if len(self.alive[space.name]) < space.size:
-                reader = self._study.view(space.place, _READERS).reader(space)
                 mask = torch.zeros(space.size, dtype=torch.bool)
                 mask[self.alive[space.name]] = True
-                found[reader.name] = reader.values * mask.repeat_interleave(reader.span)
+                if space.kind == "residual":
+                    found |= self._written(space, mask)
+                else:
+                    reader = self._study.view(space.place, _READERS).reader(space)
+                    found[reader.name] = reader.values * mask.repeat_interleave(reader.span)
+        return found
+
+    def _written(self, space: Space, mask: Tensor) -> dict[str, Tensor]:
+        """All that writes the stream, masked there."""
+        found = {}
+        for place in self._study.budget.architecture.places:
+            for member in self._study.view(place, _WRITERS).members(space):
+                rows = mask[:, None] if member.axis == 0 and member.values.ndim > 1 else mask
+                found[member.tensor.name] = member.values * rows
         return found
 
     def shrink(self, after: Sizes, part: float = 1.0) -> None:
         """Let the lowest go: all down to the sizes ``after``, or a part of the way."""
         sizes = {space.name: space.size for kind in self.kinds for space in all_spaces(after, kind)}
+        if "residual" in sizes:
+            sizes["residual"] = after.directions(SHARED)
         for name, alive in self.alive.items():
             count = round(len(alive) - part * (len(alive) - sizes[name]))
             self.alive[name] = alive[keep_best(self.scores[name][alive], min(count, len(alive)))]
@@ -106,4 +134,7 @@ class Groups:
     def plan(self, after: Sizes, notes: Mapping[str, Any], charts: Sequence[Chart] = ()) -> Plan:
         """The decision: what is there."""
         found = (*charts, *score_charts(self.scores, self.alive))
+        if "residual" in self.kinds:
+            made = Plan(self._study.budget.sizes, after, notes=notes, charts=found)
+            return with_dimensions(made, self.alive["residual"])
         return Plan(self._study.budget.sizes, after, dict(self.alive), notes=notes, charts=found)

@@ -14,7 +14,7 @@ Order = Literal["vectorize", "param_first", "param_second", "param_mix", "param_
 Reduction = Literal["sum", "mean", "max", "prod", "first"]
 SQUARES: frozenset[str] = frozenset({"param_second", "param_mix", "param_rms"})
 """Orders that need squared gradients of every window."""
-_ROOTS = ("gate", "up", "k", "q")  # the matrix a group is found from, the first of those there are
+_ROOTS = ("embedding", "gate", "up", "k", "q")  # the matrix a group is found from, the first of those there are
 
 
 def saliency(weight: Tensor, gradient: Tensor, squares: Tensor | None, order: Order) -> Tensor:
@@ -40,12 +40,11 @@ def unit_saliency(
     gradients: Mapping[str, Tensor],
     squares: Mapping[str, Tensor],
     order: Order,
-    reduction: Reduction,
-) -> Tensor:
-    """Scores of the units of a space from those of all weights that go with them.
+) -> dict[str, Tensor]:
+    """Scores of the units of a space from those of all weights that go with them, matrix by matrix.
 
     Every matrix (its bias with it) gives a number per row or column, the sum of the sizes of its weights' saliencies,
-    or of ``vectorize`` the size of their sum; those of one unit are added, then the matrices are reduced.
+    or of ``vectorize`` the size of their sum; those of one unit are added.
 
     Args:
         members: the tensors that the space runs through.
@@ -53,9 +52,9 @@ def unit_saliency(
         gradients, squares: by canonical name.
 
     Returns:
-        [size] float64, higher = keep.
+        [size] float64 by the matrix's canonical name without its kind.
     """
-    of_role: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for member in members:
         tensor = member.tensor
         values = saliency(member.values, gradients[tensor.name], squares.get(tensor.name), order)
@@ -65,10 +64,23 @@ def unit_saliency(
         else:
             lines = values.abs().sum(rest) if rest else values.abs()
         units = lines.view(size, member.span).sum(1)
-        of_role[tensor.role] = of_role[tensor.role] + units if tensor.role in of_role else units
+        matrix = tensor.name.rpartition(".")[0]
+        found[matrix] = found[matrix] + units if matrix in found else units
+    return found
+
+
+def reduced(scores: Mapping[str, Tensor], reduction: Reduction) -> Tensor:
+    """One score per unit from those of its matrices, higher = keep.
+
+    Args:
+        scores: by the matrix's name; ``first`` takes the one that the group is found from.
+    """
     if reduction == "first":
+        of_role: dict[str, Tensor] = {}
+        for name, values in scores.items():
+            of_role.setdefault(name.rpartition(".")[2], values)
         return of_role[next(role for role in (*_ROOTS, *of_role) if role in of_role)]
-    stacked = torch.stack(list(of_role.values()))
+    stacked = torch.stack(list(scores.values()))
     return {
         "sum": lambda: stacked.sum(0),
         "mean": lambda: stacked.mean(0),
