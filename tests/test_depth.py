@@ -172,13 +172,37 @@ def test_greedy_is_leave_one_out_on_the_whole_model(notes: Path, tmp_path: Path)
         assert value == pytest.approx(_loss_without(model, ids, blocks), rel=1e-5)
 
 
-def _loss_without(folder: Path, ids: Tensor, blocks: list[int]) -> float:
-    """Of a stock model whose layers are taken out of the list."""
+def test_trials_by_divergence(notes: Path, tmp_path: Path) -> None:
+    """With objective=kl, every step takes the block without which the predictions move least, and resumes."""
+    model = models.save(tmp_path / "model", "llama", DOUBLE, num_hidden_layers=4)
+    wanted = _request(notes, "blockpruner", ratio=0.35, options={"objective": "kl"})
+    secateur.prune(model, output=tmp_path / "out", **wanted)
+    _, ids = _calibration(model, notes, tmp_path / "other")
+    dense = _logits_without(model, ids, []).log_softmax(-1)
+    found, gone = _notes(tmp_path / "out"), list[int]()
+    for chosen, value in zip(found["path"], found["divergences"], strict=True):
+        apart = {}
+        for block in (block for block in range(4) if block not in gone):
+            cut = _logits_without(model, ids, [*gone, block]).log_softmax(-1)
+            apart[block] = float((dense.exp() * (dense - cut)).sum(-1).mean())
+        gone.append(int(chosen.split(".")[1]))
+        assert min(apart, key=apart.__getitem__) == gone[-1]
+        assert value == pytest.approx(apart[gone[-1]], abs=2e-6)
+    assert found["losses"][len(gone)] == pytest.approx(_loss_without(model, ids, gone), rel=1e-5)
+
+
+def _logits_without(folder: Path, ids: Tensor, blocks: list[int]) -> Tensor:
+    """Of a stock model whose layers are taken out of the list, where it predicts."""
     model = models.load(folder, dtype=DOUBLE)
     model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in blocks)
     model.config.num_hidden_layers = len(model.model.layers)
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return logits
+
+
+def _loss_without(folder: Path, ids: Tensor, blocks: list[int]) -> float:
+    logits = _logits_without(folder, ids, blocks)
     return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
 
 
@@ -200,11 +224,14 @@ def test_planted_redundancy_is_found_first(layout: str, assets: Path, tmp_path: 
     assert found["losses"][first] == pytest.approx(found["losses"][0], abs=1e-6)
 
 
-def test_an_interrupted_search_goes_on_where_it_was(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+def test_an_interrupted_search_goes_on_where_it_was(
+    objective: str, checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
     """The trials that were made are not made again, and the bytes are the same."""
-    wanted = _request(notes, "blockpruner", ratio=0.25)
+    wanted = _request(notes, "blockpruner", ratio=0.25, options={"objective": objective})
     secateur.prune(checkpoint(), output=tmp_path / "straight", **wanted)
-    computed, original, add = mock.Mock(), CalibrationTrials._loss, Journal.add
+    computed, original, add = mock.Mock(), CalibrationTrials._mean, Journal.add
 
     class Killed(BaseException):
         pass
@@ -214,13 +241,13 @@ def test_an_interrupted_search_goes_on_where_it_was(checkpoint: Checkpoints, not
         if len(self.done("trial")) == 3:
             raise Killed
 
-    def counting(self: CalibrationTrials, *args: Any) -> float:
+    def counting(self: CalibrationTrials, *args: Any) -> float:  # of a trial, whatever it is judged by
         computed()
         return original(self, *args)
 
     with mock.patch.object(Journal, "add", dying), pytest.raises(Killed):
         secateur.prune(checkpoint(), output=tmp_path / "out", **wanted)
-    with mock.patch.object(CalibrationTrials, "_loss", counting):
+    with mock.patch.object(CalibrationTrials, "_mean", counting):
         secateur.prune(checkpoint(), output=tmp_path / "out", **wanted)
     assert computed.call_count == _notes(tmp_path / "out")["trials"] - 3
     assert grid.hashes(tmp_path / "out", *grid.TIMED) == grid.hashes(tmp_path / "straight", *grid.TIMED)

@@ -1,13 +1,14 @@
 """BlockPruner: the attention or FFN branch without which the loss stays lowest goes, one after the other.
 
-arXiv:2406.10594. With whole blocks as units it is the greedy search of SLEB (arXiv:2402.09025).
+arXiv:2406.10594. With whole blocks as units it is the greedy search of SLEB (arXiv:2402.09025). What a trial is judged
+by may also be how far its predictions are from those of the dense model (ours).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -34,6 +35,12 @@ class BlockPruner(Method):
         "auto",
         description="what goes at once: attention and FFN branches (per-layer layout, and the default there), those of "
         "one sort, or whole blocks (the default in the native layout)",
+    )
+
+    objective: Literal["perplexity", "kl"] = Field(
+        "perplexity",
+        description="what a trial is judged by: the perplexity of the text, or (ours) how far the predictions are from "
+        "those of the dense model, KL(dense || cut)",
     )
 
     @property
@@ -89,7 +96,8 @@ class BlockPruner(Method):
         units, gone, path = self.candidates(before), list[Branch](), [before]
         silent = {unit: unit.silent(study) for unit in units}
         edits: dict[str, Tensor] = {}
-        losses = [study.trials.settle()]
+        losses, judged = [study.trials.settle()], list[float]()
+        judge = study.trials.divergence if self.objective == "kl" else study.trials.loss
         while not self._enough(budget, path[-1], len(gone), len(units)):
             left = list(self._admitted(budget, units, gone))
             if not left:
@@ -97,9 +105,10 @@ class BlockPruner(Method):
             found = []
             for number, unit in enumerate(left, 1):
                 study.progress(number, len(left), f"trial without {len(gone) + 1}")
-                found.append(study.trials.loss({**edits, **silent[unit]}))
+                found.append(judge({**edits, **silent[unit]}))
             best = min(range(len(left)), key=found.__getitem__)
             gone.append(left[best])
+            judged.append(found[best])
             edits |= silent[left[best]]
             losses.append(study.trials.settle(edits))
             path.append(without(before, gone))
@@ -107,12 +116,14 @@ class BlockPruner(Method):
         taken = path.index(after)
         removed = {unit.block for unit in gone[:taken] if len(unit.parts) > 1}
         kept = torch.tensor([block for block in range(len(before.blocks)) if block not in removed])
-        notes = {
+        notes: dict[str, Any] = {
             "path": [str(unit) for unit in gone],
             "losses": [round(loss, 6) for loss in losses],
             "taken": taken,
             "trials": study.trials.count,
         }
+        if self.objective == "kl":
+            notes["divergences"] = [round(value, 6) for value in judged]
         return Plan(before, after, {"blocks": kept} if removed else {}, notes=notes, charts=(_chart(losses, taken),))
 
 
