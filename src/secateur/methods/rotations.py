@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.cuts.stream import triangular
+from secateur.cuts.stream import interfaces, triangular
+from secateur.families import place_name
 from secateur.plans.lazy import OneAtATime
 from secateur.scores.directions import centred, in_hyperplane
+from secateur.spaces import BlockView
+
+_ENOUGH = 4096  # sampled rows for a basis that serves all norms
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,29 @@ class Signal:
 def weight_of(gram: Tensor) -> float:
     """Inverse energy of a signal."""
     return 1 / max(float(gram.trace()), 1e-30)
+
+
+def summarised(view: BlockView, evidence: Mapping[str, Tensor], each: bool) -> dict[str, Tensor]:
+    """What ``Signal.of`` reads: Grams of a place's norm inputs, [width, width] each, or their weighted sum.
+
+    Samples go the same way: each apart, or rows of all, as many of each and weighted alike.
+
+    Args:
+        evidence: by norm, its samples beside it; what is not of a norm stays as it is.
+        each: whether every interface has a rotation of its own, or all share one.
+    """
+    found = {name: tensor for name, tensor in evidence.items() if not name.endswith("_norm")}
+    norms = [name for name in evidence if name.endswith("_norm")]
+    rows = {name: found.pop(f"{name}.samples") for name in norms if f"{name}.samples" in found}
+    if each:
+        found |= {f"{place_name(view.place)}.{name}": evidence[name] for name in norms}
+        return found | {f"{place_name(view.place)}.{name}.samples": samples for name, samples in rows.items()}
+    weights = {name: weight_of(evidence[name]) for name in norms}
+    if rows:
+        share = max(1, _ENOUGH // len(interfaces(view.architecture)))
+        spread = [r[:: max(1, len(r) // share)] * weights[name] ** 0.5 for name, r in rows.items()]
+        found["stream.samples"] = torch.cat(spread)
+    return found | {"stream": torch.stack([evidence[name] * weights[name] for name in norms]).sum(0)}
 
 
 class Rotations(OneAtATime):

@@ -20,17 +20,16 @@ from secateur.budgets.schedule import redundancy, slices
 from secateur.cuts.gauge import estimate_savings
 from secateur.cuts.stream import SHARED, interfaces
 from secateur.errors import refuse
-from secateur.families import Layout, Sizes, place_name
+from secateur.families import Layout, Sizes
 from secateur.methods.base import Fraction, Method, Study, keep_best
 from secateur.methods.charts import spectrum_charts
-from secateur.methods.rotations import Rotations, Signal, weight_of
+from secateur.methods.rotations import Rotations, Signal, summarised
 from secateur.methods.widths import at_shares, floored, uneven_problems
 from secateur.plans import Plan
 from secateur.scores.directions import principal, random_orthogonal
 from secateur.spaces import BlockView, Kind
 
 _OTHER = "--layout per-layer"
-_ENOUGH = 4096  # sampled rows for a basis that serves all norms
 
 
 class Slicing(Method):
@@ -158,22 +157,7 @@ class Slicing(Method):
         return self.schedule == "constant" or self.cuts != "residual"
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Grams of the place's norm inputs, [width, width] each, or their weighted sum where one rotation is shared.
-
-        Samples go the same way: each apart, or rows of all, as many of each and weighted alike.
-        """
-        found = {name: tensor for name, tensor in evidence.items() if not name.endswith("_norm")}
-        norms = [name for name in evidence if name.endswith("_norm")]
-        rows = {name: found.pop(f"{name}.samples") for name in norms if f"{name}.samples" in found}
-        if self.rotation == "each":
-            found |= {f"{place_name(view.place)}.{name}": evidence[name] for name in norms}
-            return found | {f"{place_name(view.place)}.{name}.samples": samples for name, samples in rows.items()}
-        weights = {name: weight_of(evidence[name]) for name in norms}
-        if rows:
-            share = max(1, _ENOUGH // len(interfaces(view.architecture)))
-            spread = [r[:: max(1, len(r) // share)] * weights[name] ** 0.5 for name, r in rows.items()]
-            found["stream.samples"] = torch.cat(spread)
-        return found | {"stream": torch.stack([evidence[name] * weights[name] for name in norms]).sum(0)}
+        return summarised(view, evidence, each=self.rotation == "each")
 
     def signal(self, study: Study, name: str) -> Signal:
         """What the summaries say of one interface, or of all together (``stream``); centred for a LayerNorm."""
