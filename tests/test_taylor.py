@@ -137,6 +137,15 @@ def test_scores_are_those_of_autograd(
         assert found == pytest.approx(_expected(model, ids, weights, order, reduction), rel=1e-3)
 
 
+def test_channels_can_be_asked_for_again(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """The recipe of a run asks for nothing that its mode refuses."""
+    wanted = _request(notes, "llm_pruner", options={"mode": "channel"})
+    first = secateur.prune(checkpoint(), output=tmp_path / "first", **wanted)
+    again = secateur.prune(recipe=tmp_path / "first" / "recipe.yaml", output=tmp_path / "again")
+    assert again.achieved == first.achieved
+    assert grid.hashes(tmp_path / "again", *grid.TIMED) == grid.hashes(tmp_path / "first", *grid.TIMED)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 @pytest.mark.parametrize(("order", "reduction"), [("vectorize", "sum"), ("param_first", "max"), ("param_mix", "first")])
 def test_channels_are_scored_with_all_that_meets_them(

@@ -56,7 +56,8 @@ class LlmPruner(TaylorGroups):
 
     def in_layout(self, layout: Layout) -> Self:
         if self.mode == "channel":
-            return self._of_the_stream()
+            self._require_no_blocks()
+            return self
         if layout == "native":
             asked = [f"first={self.first}"] if self.first else []
             asked += [f"last={self.last}"] if self.last else []
@@ -67,17 +68,19 @@ class LlmPruner(TaylorGroups):
             return self.model_copy(update={"first": 0, "last": 0})
         return self
 
-    def _of_the_stream(self) -> Self:
+    def _require_no_blocks(self) -> None:
+        """Refuse, channel-wise, what only groups of blocks have."""
         asked = f"{self.name} with mode=channel"
         if idle := sorted(self.model_fields_set & _OF_BLOCKS):
             refuse("bad-option", f"{asked} and {idle[0]}", "the stream is one for all blocks", f"leave {idle[0]} out")
         if self.reduction == "prod":
             found = "the product over the matrices of all blocks is too small for a number"
             refuse("bad-option", f"{asked} and reduction=prod", found, "--set reduction=sum")
-        return self.model_copy(update={"first": 0, "last": 0})
 
     def whole(self, depth: int) -> set[int]:
         """Blocks that are left whole."""
+        if self.mode == "channel":
+            return set()
         first = round(depth * _PAPER_FIRST / _PAPER_DEPTH) if self.first is None else self.first
         last = round(depth * _PAPER_LAST / _PAPER_DEPTH) if self.last is None else self.last
         if first + last >= depth:
