@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,15 +13,26 @@ from torch import Tensor
 
 import masking
 import models
+import secateur
 from conftest import Checkpoints
+from secateur.budgets import Budget
 from secateur.checkpoints import Checkpoint, Folder
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
+from secateur.engine.prepare import prepare
+from secateur.engine.progress import Silent
+from secateur.engine.request import make_request
+from secateur.engine.run import Run
 from secateur.engine.taps import Taps
 from secateur.engine.trials import CalibrationTrials
 from secateur.engine.walk import Walk
+from secateur.families import Sizes
 from secateur.mends import refit
+from secateur.methods import registry
+from secateur.methods.base import Method, Study
+from secateur.plans import Mend, Plan
 from secateur.scores.columns import column_scores
+from secateur.spaces import BlockView
 
 DOUBLE = torch.float64
 
@@ -185,6 +199,64 @@ def test_a_block_runs_again_whole_where_its_readers_inputs_are_too_many(
     runner.blocks[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     walk.run(tensors)
     assert len(calls) == len(walk.activations.batches)
+
+
+class Shifted(Method):
+    """Adds a constant to what every branch writes, and remembers what its second stage saw."""
+
+    name = "shifted"
+    title = "Shifted"
+    data = "text"
+    order = "sequential"
+    grams: ClassVar[dict[int, Tensor]] = {}
+
+    @property
+    def mends(self) -> tuple[frozenset[str], ...]:
+        return frozenset({"out.gram"}), frozenset({"down.gram"})
+
+    def sizes(self, budget: Budget) -> Sizes:
+        blocks = tuple(replace(block, out_bias=True, down_bias=True) for block in budget.sizes.blocks)
+        return replace(budget.sizes, blocks=blocks)
+
+    def decide(self, study: Study) -> Plan:
+        return Plan(study.budget.sizes, self.sizes(study.budget))
+
+    def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:  # noqa: ARG002
+        role = ("out", "down")[stage]
+        if stage:
+            Shifted.grams[int(view.place or 0)] = evidence["down.gram"]
+        assert not view.tensors[f"blocks.{view.place}.{role}.bias"].any()
+        return Mend(edits={f"blocks.{view.place}.{role}.bias": _shift(view.place or 0, role)})
+
+
+def _shift(place: int, role: str) -> Tensor:
+    seed = 2 * place + (role == "down")
+    return 0.3 * torch.randn(48, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def test_added_biases_are_part_of_the_signal_behind_them(
+    checkpoint: Checkpoints, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sequential mend sees is what the stock model computes with a constant added behind each branch."""
+    monkeypatch.setitem(registry._OURS, "shifted", f"{__name__}:Shifted")  # type: ignore[index]
+    folder = checkpoint("llama", DOUBLE)
+    asked = {"method": "shifted", "ratio": 0.1, "data": str(notes), "samples": 4, "length": 16, "layout": "per-layer"}
+    run = Run(prepare(make_request({"model": str(folder), **asked})), tmp_path / "run", Silent())
+    plan = run.plan()
+    assert run.windows is not None
+    model, seen = models.load(folder, dtype=DOUBLE), {}
+    for place, layer in enumerate(model.model.layers):
+        for module, role in ((layer.self_attn.o_proj, "out"), (layer.mlp.down_proj, "down")):
+            shift = _shift(place, role)
+            module.register_forward_hook(lambda _, __, output, shift=shift: output + shift)
+        reader = layer.mlp.down_proj
+        reader.register_forward_pre_hook(lambda _, x, place=place: seen.update({place: x[0].flatten(0, 1)}))
+    expected = masking.logits(model, run.windows.ids)
+    for place, inputs in seen.items():
+        assert torch.allclose(Shifted.grams[place], inputs.t() @ inputs, rtol=1e-6)
+    run.write(plan)
+    made = secateur.load(run.result, dtype=DOUBLE)
+    assert torch.allclose(masking.logits(made, run.windows.ids), expected, rtol=1e-6)
 
 
 def _trials(source: Checkpoint, ids: Tensor, folder: Path) -> CalibrationTrials:

@@ -32,7 +32,7 @@ class MendSweep:
     """Complete a plan with what ``Method.mend`` says of every block.
 
     Args:
-        checkpoint: the model as the rounds before left it.
+        checkpoint: the model as the rounds before left it, with every bias that the plan adds.
         method: whose ``mend`` to call.
         folder: the work folder; the edits lie there, one file per block.
         journal: records every finished block.
@@ -67,13 +67,15 @@ class MendSweep:
         path = self._kept_file(block)
         return [self._edits.digest(place_name(block)), file_digest(path) if path.is_file() else ""]
 
-    def run(self, plan: Plan, ids: Tensor, runner: Callable[[], BlockRunner], known: Mapping[str, Tensor]) -> Plan:
+    def run(
+        self, plan: Plan, ids: Tensor, runner: Callable[[Checkpoint], BlockRunner], known: Mapping[str, Tensor]
+    ) -> Plan:
         """The plan with all kept units and edits.
 
         Args:
             plan: what was decided so far.
             ids: calibration windows.
-            runner: makes a stock model.
+            runner: makes the stock model of a checkpoint.
             known: edits of the rounds before, which stay where this one makes none.
         """
         blocks = len(self._architecture.sizes.blocks)
@@ -86,9 +88,9 @@ class MendSweep:
             self.progress.start("mend", blocks)
             beside = None
             if any(name.endswith(COMPARING) for name in frozenset().union(*self._wanted)):
-                beside = Walk(self.dense, runner(), ids, self.folder, "dense")
+                beside = Walk(self.dense, runner(self.dense), ids, self.folder, "dense")
             edited = EditedCheckpoint(self.checkpoint, stem)  # what the first block reads
-            walk = Walk(edited, runner(), ids, self.folder, "mended", beside)
+            walk = Walk(edited, runner(self.checkpoint), ids, self.folder, "mended", beside)
             walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
             while walk.block < blocks:
                 block = walk.block

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
 from secateur.engine.blocks import BlockRunner
-from secateur.engine.edited import EditedCheckpoint
+from secateur.engine.edited import EditedCheckpoint, with_biases
 from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.mending import MendSweep
@@ -63,12 +63,9 @@ class Planning:
         assert plan is not None
         return plan
 
-    def runner(self) -> BlockRunner:
-        """The stock model, to run blocks one at a time."""
-        prepared = self.prepared
-        return BlockRunner(
-            prepared.checkpoint.architecture, prepared.dtype, prepared.device, prepared.checkpoint.rest()
-        )
+    def runner(self, checkpoint: Checkpoint) -> BlockRunner:
+        """The stock model of a checkpoint, to run blocks one at a time."""
+        return BlockRunner(checkpoint.architecture, self.prepared.dtype, self.prepared.device, checkpoint.rest())
 
 
 class _Round:
@@ -80,7 +77,7 @@ class _Round:
         self._method, self._dense = planning.prepared.method, planning.prepared.checkpoint
         self._checkpoint: Checkpoint = self._dense
         if previous is not None:
-            self._checkpoint = EditedCheckpoint(self._dense, previous.edits)
+            self._checkpoint = EditedCheckpoint(with_biases(self._dense, previous), previous.edits)
 
     def plan(self) -> Plan:
         """The plan after this round."""
@@ -89,8 +86,9 @@ class _Round:
             plan = replace(plan, kept={**previous.kept, **plan.kept})
         if not self._method.mends or self._planning.ids is None:
             return plan
+        known = {} if previous is None else previous.edits
         sweep = MendSweep(
-            self._checkpoint,
+            with_biases(self._checkpoint, plan),  # what is added is part of the signal behind it
             self._method,
             self._folder,
             self._journal,
@@ -98,7 +96,6 @@ class _Round:
             self._dense,
             self._fisher(),
         )
-        known = {} if previous is None else previous.edits
         return sweep.run(plan, self._planning.ids, self._planning.runner, known)
 
     def _decide(self) -> Plan:
@@ -110,7 +107,7 @@ class _Round:
         if self._planning.ids is None:
             sweep.from_weights()
         elif method.evidence:
-            sweep.from_data(self._planning.ids, self._planning.runner(), self._fisher())
+            sweep.from_data(self._planning.ids, self._planning.runner(self._checkpoint), self._fisher())
         plan = method.decide(self._study(sweep))
         if method.mends:  # kept apart until it is complete
             decided.mkdir(exist_ok=True)
