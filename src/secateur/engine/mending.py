@@ -83,7 +83,7 @@ class MendSweep:
         stem = plan.edits_of(None)
         if stem and None not in self._done:
             self._edits.write(place_name(None), stem)
-        places = {*range(blocks), *((None,) if self.method.stem_mends else ())}
+        places = {*plan.blocks, *((None,) if self.method.stem_mends else ())}
         if not places <= self._done:
             self.progress.start("mend", blocks)
             beside = None
@@ -91,7 +91,7 @@ class MendSweep:
                 beside = Walk(self.dense, runner(self.dense), ids, self.folder, "dense")
             edited = EditedCheckpoint(self.checkpoint, stem)  # what the first block reads
             walk = Walk(edited, runner(self.checkpoint), ids, self.folder, "mended", beside)
-            walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
+            walk.resume(next((b for b in plan.blocks if b not in self._done), blocks))
             while walk.block < blocks:
                 block = walk.block
                 if block in plan.blocks:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,47 @@ def options_table(name: str) -> str:
     """Options of a method with their defaults."""
     facts = describe_method(name)
     return _options_rows(facts["options"]) + f"\n\nOutput: {facts['output']}, {facts['worth']}."
+
+
+def compared_table(name: str, results: Path) -> str:
+    """What ``compare`` found about a method on every model, at equal size, beside random and the best other one.
+
+    Args:
+        name: of the method.
+        results: folder of folders with a ``results.json`` each.
+    """
+    rows: list[list[str]] = []
+    ratios: dict[float, None] = {}
+    for file in sorted(results.glob("*/results.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        mine = [each["label"] for each in found["methods"] if each["method"] == name]
+        model = (
+            f"[{file.parent.name}](../results/{file.parent.name}/README.md), {found['dense']['perplexity']:.2f} dense"
+        )
+        for layout in dict.fromkeys(judged["layout"] for judged in found["judgement"]):
+            here = [judged for judged in found["judgement"] if judged["layout"] == layout]
+            labels = [label for label in mine if any(judged["methods"][label]["perplexity"] for judged in here)]
+            shown = [[label, *(_at_equal_size(judged, label) for judged in here)] for label in labels]
+            if labels and (baseline := found["baseline"]) not in mine:
+                shown.append([baseline, *(_at_equal_size(judged, baseline) for judged in here)])
+            if labels:
+                shown.append(["best other", *(_best_other(judged, mine) for judged in here)])
+                ratios |= dict.fromkeys(judged["ratio"] for judged in here)
+            for row in shown:
+                rows.append([model, layout, *row])
+                model = layout = ""
+    return table(["model", "layout", "what", *(f"{ratio:g}" for ratio in ratios)], rows) if rows else "None yet."
+
+
+def _at_equal_size(judged: dict[str, Any], label: str) -> str:
+    figures = judged["methods"][label]
+    return "-" if figures["perplexity"] is None else f"{'~' * figures['beyond']}{figures['perplexity']:.2f}"
+
+
+def _best_other(judged: dict[str, Any], mine: Sequence[str]) -> str:
+    others = {label: f["perplexity"] for label, f in judged["methods"].items() if label not in mine and f["perplexity"]}
+    best = min(others, key=others.__getitem__, default=None)
+    return "-" if best is None else f"{_at_equal_size(judged, best)} {best}"
 
 
 def training_table() -> str:
@@ -77,7 +120,8 @@ def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
     for name in method_names():
         page = root / "docs" / "methods" / f"{name}.md"
         if page.is_file():
-            found[page] = {"options": lambda name=name: options_table(name)}  # type: ignore[misc]
+            results = root / "docs" / "results"
+            found[page] = {"options": partial(options_table, name), "compared": partial(compared_table, name, results)}
     return found
 
 
