@@ -40,6 +40,7 @@ class Joint(Method):
     data = "text"
     evidence = frozenset({"stream", "out.gram", "down.gram", "fisher"})
     order = "sequential"
+    seeded = True  # the labels behind the Fisher matrices are drawn
 
     passes: int | None = Field(
         None, ge=1, le=4, description="rounds of statistics, allocation and cuts (default: 2 per-layer, 1 native)"
