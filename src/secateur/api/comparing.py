@@ -166,7 +166,8 @@ class _Run:
     def _remaining(self, journal: Journal, workers: Workers, work: Path) -> None:
         finished = {key for key, cell in self._finished(journal).items() if cell["state"] != "failed"}
         if journal.resumed:
-            self.told.note(f"{len(finished)} of {len(self.cells)} cells are done already")
+            done = sum(_key(cell.key) in finished for cell in self.cells)
+            self.told.note(f"{done} of {len(self.cells)} cells are done already")
         self.told.start("cells", len(self.cells))
         for position, cell in enumerate(self.cells, 1):
             if _key(cell.key) not in finished:
