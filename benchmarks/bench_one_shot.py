@@ -215,7 +215,7 @@ def run(arguments: argparse.Namespace, told: Callable[[dict[str, Any], dict[str,
                     told(some, beside)
                     if shape == "llama" and PEERS.get(row.method) == row.layout and row.method in peers:
                         beside[row.name] = bench.peer(row.method, peers[row.method], arguments.peer_python)
-                    told(some, beside)
+                        told(some, beside)
                 after = bench.forward()
                 for figures in some.values():
                     figures.update(

@@ -15,9 +15,11 @@ from secateur.budgets.tradeoff import Table, cheapest, steps
 from secateur.families import Sizes
 from secateur.families.limits import refusals
 from secateur.families.sizes import BlockSizes
+from secateur.methods.branch import GONE
 
 _VALUE_STEPS = 16  # of a head's dimensions
-_NO_FFN: Mapping[str, Any] = {"ffn": 0, "experts": 0, "shared": 0}
+_NO_FFN = GONE["ffn"]
+_NOTHING = 1e-12  # nats: the least that a whole branch is taken to lose
 _FACTORS = (0.4, 10.0)  # below 1/e a calibrated curve would fall
 
 
@@ -38,21 +40,24 @@ class Curves:
 
     def measured(self, losses: Mapping[str, float]) -> Curves:
         """The same, calibrated by losses without a whole branch."""
-        bounds = (torch.tensor(bound, dtype=torch.float64) for bound in _FACTORS)
-        low, high = bounds
-        factors = {
-            name: float((loss / self.lost[name][-1].clamp(min=1e-12)).clamp(low, high)) for name, loss in losses.items()
-        }
+        low, high = _FACTORS
+        predicted = {name: max(float(self.lost[name][-1]), _NOTHING) for name in losses}
+        factors = {name: min(max(loss / predicted[name], low), high) for name, loss in losses.items()}
         return Curves(self.lost, factors)
 
     def _calibrated(self, name: str, lost: Tensor) -> Tensor:
-        share = lost / self.lost[name][-1].clamp(min=1e-12)
+        share = lost / self.lost[name][-1].clamp(min=_NOTHING)
         return lost * self.factors.get(name, 1.0) ** share
 
     def ffn(self, block: int) -> Tensor:
         """Of the FFN of a block, [neurons + 1]."""
         name = f"ffn.{block}"
         return self._calibrated(name, self.lost[name])
+
+    def neurons(self, block: int, gone: int) -> float:
+        """Of the FFN of a block without some neurons."""
+        name = f"ffn.{block}"
+        return float(self._calibrated(name, self.lost[name][gone]))
 
     def has_attention(self, block: int) -> bool:
         """Whether the attention of a block can be cut at all."""
@@ -74,8 +79,7 @@ class Curves:
 
     def whole(self, block: int) -> float:
         """Of a whole block."""
-        attention = self.attention(block, -1, 0, 0)
-        return attention + float(self.ffn(block)[-1])
+        return self.attention(block, -1, 0, 0) + self.neurons(block, -1)
 
 
 class Allocation:
@@ -124,7 +128,7 @@ class Allocation:
         """What the curves say that sizes lose, in nats per token."""
         total = 0.0
         for place, before, after in zip(self.places, self.base.blocks, sizes.blocks, strict=True):
-            total += float(self.curves.ffn(place)[before.ffn - after.ffn])
+            total += self.curves.neurons(place, before.ffn - after.ffn)
             total += self._attention_cost(place, before, after.kv, after.value)
         return total
 
@@ -149,7 +153,11 @@ class Allocation:
             step = max(1, head // _VALUE_STEPS)
             narrow = [0, *range(head - step, 0, -step)] if self._values and curves.has_values(place) else [0]
             found.append([(kv, value) for kv in groups for value in narrow])
-            if self._gone and index != self._attends and not self.budget.problems(self._with(index, kv=0)):
+            if (
+                self._gone
+                and index != self._attends
+                and not self.budget.problems(self._with(index, **GONE["attention"]))
+            ):
                 found[-1].append((0, 0))
         return found
 
@@ -157,7 +165,7 @@ class Allocation:
     def _attends(self) -> int | None:
         """The block whose attention stays, without which no model works: of those that can stay alone the dearest."""
         blocks = self.base.blocks
-        every = [replace(block, kv=0) for block in blocks]
+        every = [replace(block, **GONE["attention"]) for block in blocks]
         dearest = sorted(
             (index for index, place in enumerate(self.places) if self.curves.has_attention(place)),
             key=lambda index: -self.curves.attention(self.places[index], -1, 0, 0),

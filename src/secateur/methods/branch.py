@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from secateur.methods.base import Study
 
 WRITERS = {"attention": ATTENTION_WRITERS, "ffn": ("down",)}
 """The roles by which each branch writes the stream."""
+GONE: Mapping[str, Mapping[str, Any]] = {"attention": {"kv": 0}, "ffn": {"ffn": 0, "experts": 0, "shared": 0}}
+"""Sizes of a block without a branch."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,6 +42,6 @@ def without(sizes: Sizes, gone: Sequence[Branch]) -> Sizes:
         if len(unit.parts) > 1:
             del blocks[unit.block]
             continue
-        change: dict[str, Any] = {"kv": 0} if unit.parts == ("attention",) else {"ffn": 0, "experts": 0, "shared": 0}
-        blocks[unit.block] = replace(blocks[unit.block], **change)
+        (part,) = unit.parts
+        blocks[unit.block] = replace(blocks[unit.block], **GONE[part])
     return replace(sizes, blocks=tuple(blocks.values()))
