@@ -26,7 +26,7 @@ from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
 from secateur.engine.run import Run
 from secateur.errors import RequestError
-from secateur.methods.registry import method_class, method_names
+from secateur.methods.registry import make_method, method_class, method_names
 from secateur.plans import Plan
 
 Options = dict[str, Any]
@@ -52,12 +52,18 @@ class Row:
 
 
 _SPACES = tuple({"spaces": kind} for kind in SPACES)
+_WEIGHTS: tuple[Options, ...] = tuple(
+    {"spaces": "weights", **o} for o in ({}, {"pattern": "2:4"}, {"allocation": "block"}, {"pattern": "3x5"})
+)
 METHODS: dict[str, Row] = {
     "bits_back": Row(
         not_native="it is about the rotations of every norm, and stock classes have no place for their shortcuts"
     ),
-    "random": Row(_SPACES),
-    "magnitude": Row(_SPACES, tuple({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
+    "random": Row((*_SPACES, {"spaces": "weights"})),
+    "magnitude": Row(
+        (*_SPACES, *_WEIGHTS[:2]),
+        (*_WEIGHTS[2:], *({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
+    ),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
     "prunenet": Row(),
     "cfsp": Row(({},), ({"fine": "matrix"}, {"fine": "activation"}), per_layer=({},)),
@@ -74,6 +80,9 @@ METHODS: dict[str, Row] = {
     ),
     "adapt_pruner": Row(not_native="its sizes differ from block to block, and stock classes give all blocks one"),
     "dotresize": Row(({}, {"spaces": "ffn"}), ({"cost": "squared"},), ({},)),
+    "wanda": Row(({}, {"pattern": "2:4"}), ({"allocation": "owl"}, {"allocation": "global", "within": "matrix"})),
+    "sparsegpt": Row(({}, {"pattern": "2:4"}), ({"act_order": True}, {"allocation": "lamp"}, {"columns": 7})),
+    "ria": Row(({},), ({"pattern": "4:8"},)),
     "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
     "disp_llm": Row(
         ({"mode": "fisher"},),
@@ -127,13 +136,20 @@ class Cell:
     @property
     def kind(self) -> str:
         """Kind of the units that go."""
-        made: str = method_class(self.method)(**self.options).cuts  # type: ignore[assignment]
+        made: str = make_method(self.method, self.options).cuts  # type: ignore[assignment]
         return made
+
+    @property
+    def zeros(self) -> bool:
+        """Whether weights go one by one, and zeros stand in their place."""
+        return make_method(self.method, self.options).output == "zeros"
 
     @property
     def refused(self) -> str:
         """Why the layout has to refuse; empty where it does not."""
         row = METHODS.get(self.method, Row())
+        if self.zeros:
+            return ""
         if row.not_native and self.layout == "native":
             return row.not_native
         reasons = limits.reasons(self.family, self.kind, self.layout)
@@ -224,7 +240,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
     """Keyword arguments of the prune of a cell; writes the calibration text where the method needs one."""
     found: dict[str, Any] = {
         "method": cell.method,
-        "ratio": RATIOS.get(cell.kind, _RATIO),
+        "ratio": None if "pattern" in cell.options else RATIOS.get(cell.kind, _RATIO),
         "options": dict(cell.options),
         "layout": cell.layout,
     }
@@ -269,13 +285,15 @@ def check_masked(model: Path, output: Path, family: str, plan: Plan) -> None:
 
 
 def edited_state(model: Path, plan: Plan) -> dict[str, torch.Tensor]:
-    """Parameters of the stock model that the plan's edits change."""
+    """Parameters of the stock model that the plan's edits and masks change."""
     checkpoint = Checkpoint(Folder(model))
     state = {}
     for place in checkpoint.architecture.places:
-        if edits := plan.edits_of(place):
+        edits, masks = plan.edits_of(place), plan.masks_of(place)
+        if changed := {*edits, *masks}:
             tensors = {**checkpoint.read(place), **edits}
-            touched = (p for p in checkpoint.architecture.packed_of(place) if set(p.canonical) & set(edits))
+            tensors |= {name: tensors[name] * mask for name, mask in masks.items()}
+            touched = (p for p in checkpoint.architecture.packed_of(place) if set(p.canonical) & changed)
             state.update({packed.name: packed.pack(tensors) for packed in touched})
     return state
 
@@ -294,7 +312,22 @@ def check_counts(result: PruneResult, output: Path) -> None:
                 on_disk += 0 if repeated or buffer else torch.Size(handle.get_slice(name).get_shape()).numel()
     assert result.achieved["params"] == on_disk
     assert result.achieved["bytes"] == sum(f.stat().st_size for f in output.glob("*.safetensors"))
-    assert result.achieved["params"] < result.achieved["params_before"]
+    if "nonzero" not in result.achieved:
+        assert result.achieved["params"] < result.achieved["params_before"]
+
+
+def check_zeros(result: PruneResult, model: Path, output: Path, plan: Plan) -> None:
+    """Exactly as many weights are zero as were to go; the others are as they were, unless the method mends them."""
+    before, after = (dict(models.load(folder).named_parameters()) for folder in (model, output))
+    counted = [sum(int((values != 0).sum()) for values in of.values()) for of in (before, after)]
+    assert counted == [result.achieved["nonzero_before"], result.achieved["nonzero"]]
+    gone = sum(int((~plan.masks[name]).sum()) for name in plan.masks)
+    if plan.notes["weights"]["pattern"] == "element":
+        assert gone == round(result.requested["ratio"] * result.achieved["params_before"])
+    assert counted[0] - counted[1] == gone
+    assert {name: int(plan.masks[name].sum()) for name in plan.masks} == dict(plan.counts)
+    if not len(plan.edits):
+        assert all(bool(((values == before[name]) | (values == 0)).all()) for name, values in after.items())
 
 
 def check_record(output: Path, digest: str) -> None:
@@ -340,6 +373,8 @@ def run_cell(cell: Cell, folder: Path) -> str:
     plan, digest = plan_of(model, folder / "planned", **options)
     check_masked(model, output, cell.family, plan)
     check_counts(result, output)
+    if cell.zeros:
+        check_zeros(result, model, output, plan)
     check_record(output, digest)
     secateur.prune(model, output=folder / "again", **options)
     assert hashes(output, *TIMED) == hashes(folder / "again", *TIMED), "the same seed gives other bytes"

@@ -18,7 +18,7 @@ from secateur.engine.prepare import LONGEST_WINDOW, context_of, resolve_device, 
 from secateur.engine.progress import Silent
 from secateur.errors import RequestError, refuse
 from secateur.inference import open_checkpoint
-from secateur.meters.counts import count
+from secateur.meters.counts import count, share_removed
 from secateur.meters.machine import conditions
 from secateur.meters.perplexity import Text, fits, load_stock, perplexity
 from secateur.meters.speed import speeds
@@ -91,7 +91,7 @@ def make_and_measure(job: Job) -> dict[str, Any]:
     return {
         "state": "done",
         "achieved": achieved,
-        "removed": 1 - achieved["params"] / achieved["params_before"],
+        "removed": share_removed(achieved),
         "perplexity": figures["perplexity"],
         "speed": _speed(dense, pair, job, device),
         "seconds": round(clock.last - clock.started, 3),

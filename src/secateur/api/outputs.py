@@ -12,7 +12,7 @@ from secateur.checkpoints import Checkpoint
 from secateur.engine.journal import locked, work_folder
 from secateur.engine.request import Request
 from secateur.errors import RequestError, refuse
-from secateur.meters.counts import count
+from secateur.meters.counts import count, nonzero
 
 
 def require_output(request: Request, what: str) -> Path:
@@ -76,7 +76,13 @@ def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[Workplace]
         raise
 
 
-def achieved_of(before: Checkpoint, after: Checkpoint) -> dict[str, int]:
-    """Sizes and costs of both, those of the first under ``..._before``."""
+def achieved_of(before: Checkpoint, after: Checkpoint, zeros: bool = False) -> dict[str, int]:
+    """Sizes and costs of both, those of the first under ``..._before``.
+
+    Args:
+        zeros: count the parameters that are not zero, too: weights went one by one.
+    """
     new, old = count(after), count(before)
+    if zeros:
+        new, old = ({**counts, "nonzero": nonzero(of)} for counts, of in ((new, after), (old, before)))
     return {**new, **{f"{key}_before": value for key, value in old.items()}}

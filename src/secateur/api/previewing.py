@@ -100,6 +100,9 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "kv_bytes_per_token": costs.kv_bytes(after),
         "kv_bytes_per_token_before": costs.kv_bytes(dense),
     }
+    if method.output == "zeros":
+        zeros = 0 if request.is_copy else method.zeros(budget)
+        achieved |= {"nonzero": costs.params(after) - zeros, "nonzero_before": costs.params(dense)}
     sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS}
     loads = loads_in(checkpoint.architecture.family, dense, after, request.layout)
     return {

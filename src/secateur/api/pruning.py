@@ -145,7 +145,7 @@ def _cut(
     text = _text(prepared)
     record = run.write(plan)
     result = Checkpoint.open(run.result, prepared.checkpoint.architecture.origin)
-    achieved = achieved_of(prepared.checkpoint, result)
+    achieved = achieved_of(prepared.checkpoint, result, prepared.method.output == "zeros")
     figures = None if text is None else _perplexities(prepared, result, text, progress)
     speed = _speeds(prepared, result) if text is not None else None
     write_card(run.result, record, achieved)

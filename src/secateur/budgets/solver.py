@@ -20,6 +20,7 @@ from secateur.families.limits import grain, problems, refusals
 
 Latency = Callable[[Sizes], float]
 _LARGEST_STEP = 0.01  # of all parameters
+_FIXED_GAP = 0.005  # of all parameters, between a target and what a fixed pattern leaves
 
 
 @dataclass
@@ -203,6 +204,45 @@ class Budget:
                 "out-of-tolerance", f"{target.measure} {_number(wanted)}", found, "raise --tolerance or lower --quantum"
             )
         return best
+
+    def weights(self, prunable: int) -> int:
+        """How many of some single weights may stay: what the targets leave when the others all do.
+
+        Args:
+            prunable: weights that can become zero one by one.
+
+        Raises:
+            RequestError: a target that zeros do not reach, or that asks for more of them than can go.
+        """
+        return min(self._weights_for(target, prunable) for target in self.targets)
+
+    def require_weights(self, prunable: int, kept: int, what: str) -> None:
+        """Refuse targets that are not what a rule for single weights leaves.
+
+        Args:
+            prunable: weights that can become zero one by one.
+            kept: how many of them the rule keeps.
+            what: the rule, for messages.
+        """
+        present = self.costs.params(self.sizes)
+        for target in self.targets:
+            self.gap = (kept - self._weights_for(target, prunable)) / present
+            allowed = _FIXED_GAP if self.tolerance is None else self.tolerance
+            if abs(self.gap) > allowed:
+                reach = f"{what} leaves {1 - (prunable - kept) / present:.2%} of all parameters"
+                hint = "leave --ratio out: the pattern is the size"
+                refuse("out-of-tolerance", f"target {target}", f"{reach}, a gap of {abs(self.gap):.2%}", hint)
+
+    def _weights_for(self, target: Target, prunable: int) -> int:
+        if target.measure not in ("params", "block_params"):
+            found = f"zeros change nothing about {target.measure}"
+            refuse("bad-target", f"target {target} of single weights", found, "--ratio, or a method that removes units")
+        present = self._cost(target)(self.sizes)
+        kept = prunable - round(present - target.of(present))
+        if not 0 < kept <= prunable:
+            reach = f"only {prunable:,} of {present:,.0f} can become zero"
+            refuse("out-of-reach", f"target {target}", reach, f"a ratio below {prunable / present:.4g}")
+        return kept
 
     def at(self, kind: Kind, size: int, base: Sizes | None = None) -> Sizes:
         """Sizes with a given ``kind``, for the paper's own knob; refused where the stock class does not admit it."""

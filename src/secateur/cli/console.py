@@ -83,12 +83,14 @@ def _counts(achieved: dict[str, Any]) -> Table:
     table = _table("", "before", "after", "kept")
     for key, label in (
         ("params", "parameters"),
+        ("nonzero", "not zero"),
         ("bytes", "bytes"),
         ("flops_per_token", "FLOPs per token"),
         ("kv_bytes_per_token", "KV bytes per token"),
     ):
-        before, after = achieved[f"{key}_before"], achieved[key]
-        table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.2%}")
+        if key in achieved:
+            before, after = achieved[f"{key}_before"], achieved[key]
+            table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.2%}")
     return table
 
 

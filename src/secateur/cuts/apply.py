@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from secateur.cuts.masks import masked
 from secateur.cuts.stream import narrow_stream
 from secateur.families import Architecture, Block, CanonicalTensor, canonical_name, place_name
 from secateur.families.roles import NORMS, PORTS, dimensions_of, writes_stream
@@ -39,6 +40,8 @@ def cut_place(
     stored = {**tensors, **_new_biases(source, added, tensors)}
     edits = plan.edits_of(place)
     result = {**stored, **{name: edit.to(next(iter(stored.values())).device) for name, edit in edits.items()}}
+    for name, mask in plan.masks_of(place).items():
+        result[name] = masked(result[name], mask)
     if place is None and source.sizes.tied and not plan.after.tied:
         result[HEAD] = result[EMBEDDING]
     result = {name: select(source, name, tensor, plan.kept) for name, tensor in result.items()}

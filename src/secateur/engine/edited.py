@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
+from secateur.cuts.masks import masked
 from secateur.families import Block, Sizes, canonical_name, resized
 from secateur.families.roles import BIASES
 from secateur.plans import Plan
@@ -20,15 +21,18 @@ class EditedCheckpoint(Checkpoint):
     Args:
         source: the dense model.
         edits: canonical tensors in dense shape, by name; those the source does not have are passed over.
+        masks: which weights of a matrix are there, by name.
     """
 
-    def __init__(self, source: Checkpoint, edits: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, source: Checkpoint, edits: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.__dict__.update(source.__dict__)
-        self._source, self._edits = source, edits
+        self._source, self._edits, self._masks = source, edits, masks or {}
 
     def read(self, place: Block, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        found = self._source.read(place, names)
-        return {name: self._edits.get(name, tensor) for name, tensor in found.items()}
+        found = {name: self._edits.get(name, tensor) for name, tensor in self._source.read(place, names).items()}
+        return {name: masked(t, self._masks[name]) if name in self._masks else t for name, t in found.items()}
 
 
 class BiasedCheckpoint(Checkpoint):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
+from secateur.cuts.masks import masked
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.edited import EditedCheckpoint
 from secateur.engine.fisher import FISHER, FisherFiles
@@ -23,7 +24,7 @@ from secateur.engine.walk import Walk
 from secateur.families import Architecture, Block, place_name
 from secateur.methods.base import Method
 from secateur.methods.charts import score_charts
-from secateur.plans import Edits, Mend, Overlay, Plan
+from secateur.plans import Edits, Masks, Mend, Overlay, Plan
 from secateur.plans.plan import file_digest
 from secateur.spaces import BlockView
 
@@ -53,7 +54,7 @@ class MendSweep:
         self._fisher = fisher
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
         self.journal, self.progress, self.dense = journal, progress, dense
-        self._edits = Edits(folder)
+        self._edits, self._masks = Edits(folder), Masks(folder)
         self._done = {r["block"] for r in journal.done("mend") if self._digests(r["block"]) == r["sha256"]}
 
     @property
@@ -65,7 +66,8 @@ class MendSweep:
 
     def _digests(self, block: Block) -> list[str]:
         path = self._kept_file(block)
-        return [self._edits.digest(place_name(block)), file_digest(path) if path.is_file() else ""]
+        kept = file_digest(path) if path.is_file() else ""
+        return [self._edits.digest(place_name(block)), self._masks.digest(place_name(block)), kept]
 
     def run(
         self, plan: Plan, ids: Tensor, runner: Callable[[Checkpoint], BlockRunner], known: Mapping[str, Tensor]
@@ -101,7 +103,7 @@ class MendSweep:
                 self.progress.step(block + 1)
             if None in places - self._done:
                 evidence = walk.stem(self.method.stem_mends)
-                mend = self._mended(None, edited.read(None), evidence, plan, len(self.method.mends), Mend(edits=stem))
+                mend = self._stage(None, edited.read(None), evidence, plan, len(self.method.mends), Mend(edits=stem))
                 self._finish(None, mend)
             walk.close()
         found: dict[str, dict[str, Tensor]] = {"kept": dict(plan.kept), "score": {}}
@@ -111,7 +113,8 @@ class MendSweep:
                     kind, _, space = name.partition(".")
                     found.setdefault(kind, {})[space] = tensor
         charts = score_charts(found["score"], found["kept"]) if found["score"] else ()
-        return replace(plan, kept=found["kept"], edits=Edits(self.folder), charts=(*plan.charts, *charts))
+        edits, masks = Edits(self.folder), Masks(self.folder)
+        return replace(plan, kept=found["kept"], edits=edits, masks=masks, charts=(*plan.charts, *charts))
 
     def _fisher_of(self, block: int) -> dict[str, Tensor]:
         return {} if self._fisher is None else self._fisher.of(block)
@@ -127,26 +130,27 @@ class MendSweep:
         source = self.checkpoint.read(block)
         dense = {**source, **{name: tensor for name, tensor in decided.items() if name in source}}
         if block in self._done:
-            made = {name: self._edits[name] for name in self._edits if name in dense}
-            walk.run(dense if self.method.order == "dense" else {**dense, **made})
+            place = place_name(block)
+            made = Mend(edits=self._edits.of(place), masks=self._masks.of(place))
+            walk.run(dense if self.method.order == "dense" else _mended(dense, made))
             return
         if self.method.order == "dense":
             taps = Taps(walk.runner, block, frozenset().union(*self.method.mends))
             walk.run(dense, taps)
             evidence, mend = {**taps.evidence(), **self._fisher_of(block)}, Mend(edits=decided)
             for stage in range(len(self.method.mends)):
-                mend = self._mended(block, dense, evidence, plan, stage, mend)
+                mend = self._stage(block, dense, evidence, plan, stage, mend)
             self._finish(block, mend)
             return
         mend = Mend(edits=decided)
         for stage, wanted in enumerate(self.method.mends):
             taps = Taps(walk.runner, block, wanted)
-            walk.run({**dense, **_known(mend, dense)}, taps, advance=False)
+            walk.run(_mended(dense, mend), taps, advance=False)
             evidence = {**taps.evidence(), **(self._fisher_of(block) if FISHER in wanted else {})}
-            mend = self._mended(block, dense, evidence, plan, stage, mend)
-        walk.run({**dense, **_known(self._finish(block, mend), dense)})
+            mend = self._stage(block, dense, evidence, plan, stage, mend)
+        walk.run(_mended(dense, self._finish(block, mend)))
 
-    def _mended(
+    def _stage(
         self,
         block: Block,
         dense: Mapping[str, Tensor],
@@ -157,10 +161,9 @@ class MendSweep:
     ) -> Mend:
         """One stage more."""
         read = partial(self.dense.read, block)
-        view = BlockView(self._architecture, block, {**dense, **_known(mend, dense)}, read)
+        view = BlockView(self._architecture, block, _mended(dense, mend), read)
         added = self.method.mend(view, evidence, plan, stage)
-        parts = ({**getattr(mend, part), **getattr(added, part)} for part in ("kept", "edits", "scores"))
-        return Mend(*parts)
+        return Mend(**{part.name: {**getattr(mend, part.name), **getattr(added, part.name)} for part in fields(Mend)})
 
     def _finish(self, block: Block, mend: Mend) -> Mend:
         """Write what was decided about a block; returns it as it will be read."""
@@ -169,16 +172,19 @@ class MendSweep:
             for name, tensor in mend.edits.items()
         }
         self._edits.write(place_name(block), wide)
+        if mend.masks:
+            self._masks.write(place_name(block), mend.masks)
         parts = {f"kept.{name}": units.contiguous().cpu() for name, units in mend.kept.items()}
         parts.update({f"score.{name}": values.contiguous().cpu() for name, values in mend.scores.items()})
         save_file(parts or {"none": torch.zeros(0)}, self._kept_file(block))
         self.journal.add("mend", block=block, sha256=self._digests(block))
-        return Mend(mend.kept, wide)
+        return Mend(mend.kept, wide, mend.masks)
 
     def _stored(self, name: str) -> str:
         return self.checkpoint.dtypes.get(name, "F32")
 
 
-def _known(mend: Mend, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Edits of tensors that the dense block has too, in the types they have there."""
-    return {name: tensor for name, tensor in mend.edits.items() if name in dense}
+def _mended(dense: Mapping[str, Tensor], mend: Mend) -> dict[str, Tensor]:
+    """The tensors of a block with what was decided about them; what the plan adds to the block is not among them."""
+    found = {name: mend.edits.get(name, tensor) for name, tensor in dense.items()}
+    return {**found, **{name: masked(found[name], mask) for name, mask in mend.masks.items()}}

@@ -77,7 +77,7 @@ class _Round:
         self._method, self._dense = planning.prepared.method, planning.prepared.checkpoint
         self._checkpoint: Checkpoint = self._dense
         if previous is not None:
-            self._checkpoint = EditedCheckpoint(with_biases(self._dense, previous), previous.edits)
+            self._checkpoint = EditedCheckpoint(with_biases(self._dense, previous), previous.edits, previous.masks)
 
     def plan(self) -> Plan:
         """The plan after this round."""

@@ -95,7 +95,7 @@ def choose_method(request: PruneRequest) -> Method:
 
 def require_target(request: PruneRequest, method: Method) -> None:
     """Refuse a request that does not say how much shall go."""
-    if not request.targets and method.sparsity is None:
+    if not request.targets and not method.sized:
         refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
 
 

@@ -16,6 +16,7 @@ from secateur.engine.pairs import Pairs, head_inputs
 from secateur.errors import InternalError
 from secateur.evidence import Influence, Moments, Samples
 from secateur.families import Block, Packed
+from secateur.spaces.weights import every_input
 
 STREAM, SAMPLES, INFLUENCE, ENDS = "stream", "samples", "influence", "ends"
 Collector = Moments | Samples
@@ -32,8 +33,9 @@ class Taps:
     ``stream`` is the Gram of every norm's input, named by the norm's role; ``ROLE.gram`` and ``ROLE.moments`` are
     taken from the inputs of a role's matrix (``down.gram``, or ``experts.E.down.gram`` of every expert, see
     :class:`secateur.evidence.Moments` for the names); ``samples`` and ``ROLE.samples`` are rows of the same signals
-    (:class:`secateur.evidence.Samples`); ``influence`` compares what enters and leaves the block; ``ends`` is what
-    enters it at the last token of every window, [windows, width];
+    (:class:`secateur.evidence.Samples`); ``inputs.KIND`` is that kind at every distinct input of the block's matrices
+    (:func:`secateur.spaces.weights.input_key` names them); ``influence`` compares what enters and leaves the block;
+    ``ends`` is what enters it at the last token of every window, [windows, width];
     ``ROLE.cross`` and ``ROLE.target`` hold the dense model against it (:class:`secateur.engine.pairs.Pairs`).
 
     Args:
@@ -49,6 +51,7 @@ class Taps:
         self._at_norms: dict[str, list[Collector]] = {}
         self._inputs: dict[str, list[Collector]] = {}
         self._stacked: dict[str, Packed] = {}
+        wanted = every_input(self._architecture, block, wanted)
         self._modules: dict[str, nn.Module] = {}
         self.roles = frozenset(role for role in (name.rpartition(".")[0] for name in wanted) if role)
         self.pairs = Pairs(runner, block, wanted)

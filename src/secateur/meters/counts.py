@@ -26,6 +26,24 @@ def count(checkpoint: Checkpoint) -> Counts:
     }
 
 
+def nonzero(checkpoint: Checkpoint) -> int:
+    """Parameters that are not zero, counted from the files, place by place."""
+    zeros = 0
+    for place in checkpoint.architecture.places:
+        zeros += sum(int((tensor == 0).sum()) for tensor in checkpoint.read(place).values())
+    return checkpoint.params - zeros
+
+
+def remaining(achieved: Counts) -> int:
+    """Parameters that are left, given counts before and after: without the zeros that stand in place of what went."""
+    return achieved["params"] - (achieved["nonzero_before"] - achieved["nonzero"] if "nonzero" in achieved else 0)
+
+
+def share_removed(achieved: Counts) -> float:
+    """Share of all parameters that is gone, of counts before and after."""
+    return 1 - remaining(achieved) / achieved["params_before"]
+
+
 def count_parts(checkpoint: Checkpoint) -> Counts:
     """Parameters of each of the ``PARTS``; their sum is the model's. A tied head counts as embedding."""
     architecture = checkpoint.architecture

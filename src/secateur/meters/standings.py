@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from secateur.meters.counts import remaining
 from secateur.meters.pareto import Point, judge, mean_log
 
 Record = Mapping[str, Any]
@@ -41,7 +42,7 @@ def _together(members: Sequence[Record]) -> dict[str, Any]:
         "state": "done",
         "seeds": len(done),
         "failed": len(failed),
-        "params": statistics.fmean(cell["achieved"]["params"] for cell in done),
+        "params": statistics.fmean(remaining(cell["achieved"]) for cell in done),
         "removed": statistics.fmean(cell["removed"] for cell in done),
         "perplexity": figures,
         "seconds": statistics.fmean(cell["seconds"] for cell in done),

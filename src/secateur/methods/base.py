@@ -154,6 +154,7 @@ class Method(BaseModel):
         seeded: whether the result depends on the seed in more than the draw of calibration windows; a property where
             an option decides it.
         ours: set where the method or a variant is Secateur's own.
+        variants: other classes that the method is with some option: by its name and value.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -167,10 +168,16 @@ class Method(BaseModel):
     output: ClassVar[Output] = "dense"
     group: ClassVar[str] = "structured"
     seeded: ClassVar[bool] = False
+    variants: ClassVar[Mapping[tuple[str, str], type[Method]]] = {}
 
     sparsity: Fraction | None = Field(
         None, description="share of the units of the cut space to remove (the paper's own knob), instead of --ratio"
     )
+
+    @property
+    def sized(self) -> bool:
+        """Whether the options say how much goes, so that no target is needed."""
+        return self.sparsity is not None
 
     @property
     def cuts(self) -> Kind:
@@ -215,6 +222,10 @@ class Method(BaseModel):
     def foresees(self, budget: Budget) -> bool:
         """Whether the run will come to ``sizes``; else it decides what gives how much, and they are an even cut."""
         return False
+
+    def zeros(self, budget: Budget) -> int:
+        """How many weights become zero where they stand."""
+        return 0
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summaries of one place, most often one number per unit of a space, higher = keep."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from secateur.families import CanonicalTensor
 from secateur.plans import Chart, points_of
 from secateur.scores.distribution import histogram, quantiles, relative
 
@@ -45,6 +46,19 @@ def score_charts(scores: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> tu
         above = bool((spread > 0).all())
         charts.append(Chart("Scores by space", "space, in the order of the blocks", "score", lines, logarithmic=above))
     return tuple(charts)
+
+
+def density_chart(shares: Mapping[CanonicalTensor, float]) -> Chart:
+    """Share of the weights that every matrix keeps, block by block; of experts the mean."""
+    by_role: dict[str, dict[int, list[float]]] = {}
+    for matrix, share in shares.items():
+        assert matrix.block is not None
+        by_role.setdefault(matrix.role, {}).setdefault(matrix.block, []).append(share)
+    series = {
+        role: [(float(block), round(sum(found) / len(found), 6)) for block, found in sorted(blocks.items())]
+        for role, blocks in by_role.items()
+    }
+    return Chart("Weights kept", "block", "share", series)
 
 
 def spectrum_charts(gram: Tensor, kept: int) -> tuple[Chart, ...]:

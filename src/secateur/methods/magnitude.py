@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.families import CanonicalTensor
 from secateur.families.roles import MATRICES
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.methods.base import Study
+from secateur.methods.elementwise import Elementwise
 from secateur.methods.selection import Selection
 from secateur.scores.norms import squares_along, unit_energy
 from secateur.spaces import BlockView, Member, Space
 
 
+class MagnitudeOfWeights(Elementwise):
+    """Keep the single weights with the largest absolute values."""
+
+    name = "magnitude"
+    title = "Magnitude of single weights"
+    paper = "arXiv:1506.02626"
+
+    spaces: Literal["weights"] = Field("weights", description="what the units are")
+
+    def weigh(self, view: BlockView, matrix: CanonicalTensor, evidence: Mapping[str, Tensor]) -> Tensor:
+        return view.tensors[matrix.name].abs()
+
+
 class Magnitude(Selection):
     """Keep the units whose weights have the largest Euclidean norm."""
+
+    variants: ClassVar = {("spaces", "weights"): MagnitudeOfWeights}
 
     name = "magnitude"
     title = "Magnitude of the coupled weights"

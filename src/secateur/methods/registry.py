@@ -25,14 +25,20 @@ _OURS: Final = {
     "dynamic_slicing": "secateur.methods.dynamic_slicing:DynamicSlicing",
     "fasp": "secateur.methods.fasp:Fasp",
     "flap": "secateur.methods.flap:Flap",
+    "global_mp": "secateur.methods.densities:GlobalMp",
     "joint": "secateur.methods.joint:Joint",
+    "lamp": "secateur.methods.densities:Lamp",
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
+    "random_pruning_erk": "secateur.methods.densities:RandomPruningErk",
+    "ria": "secateur.methods.ria:Ria",
     "shortgpt": "secateur.methods.shortgpt:ShortGpt",
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
+    "sparsegpt": "secateur.methods.sparsegpt:SparseGpt",
+    "wanda": "secateur.methods.wanda:Wanda",
 }
 DEFAULT_WITH_DATA: Final = "joint"
 DEFAULT_WITHOUT_DATA: Final = "prunenet"
@@ -62,7 +68,11 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     Raises:
         RequestError: unknown method, unknown option (near matches), or a value out of range.
     """
-    return validated(method_class(name), options, name, f"see: secateur methods {name}")
+    kind = method_class(name)
+    for (option, value), variant in kind.variants.items():
+        if options.get(option) == value:
+            kind = variant
+    return validated(kind, options, name, f"see: secateur methods {name}")
 
 
 def describe_method(name: str) -> dict[str, Any]:
@@ -79,6 +89,7 @@ def describe_method(name: str) -> dict[str, Any]:
         "seeded": kind.model_construct().seeded,  # as it is by default
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
+        **{f"options with {'='.join(key)}": describe_options(variant) for key, variant in kind.variants.items()},
     }
 
 

@@ -26,7 +26,7 @@ class Selection(Method):
     draws_scores: ClassVar[bool] = True
     """Whether the distribution of the scores is worth a chart."""
 
-    spaces: Kind = Field("ffn", description="what the units are")
+    spaces: Kind = Field("ffn", description="what the units are; weights: single ones, with options of their own")
 
     allocation: Literal["uniform", "global"] = Field(
         "uniform",

@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -66,7 +69,6 @@ class Artifact:
 
 
 _BASES = "plan-bases.safetensors"
-_EDITS = "plan-edits-{place}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,48 +78,92 @@ class Mend:
     Attributes:
         kept: kept units of its spaces, as in a plan.
         edits: canonical tensors of the place that take the source's place, as in a plan.
+        masks: which of its weights stay, as in a plan.
         scores: the numbers behind ``kept``, one per unit, by space: drawn in the report.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Edits(Mapping[str, Tensor]):
-    """Edited tensors in a folder, one file per place, each loaded when it is asked for."""
+class PlaceFiles(Mapping[str, Tensor]):
+    """Canonical tensors in a folder, one file per place, each loaded when it is asked for."""
+
+    pattern: ClassVar[str]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
-        for path in sorted(folder.glob(_EDITS.format(place="*"))):
+        for path in sorted(folder.glob(self.pattern.format(place="*"))):
             with safe_open(path, "pt") as handle:
                 self._files.update(dict.fromkeys(handle.keys(), path))
 
-    def write(self, place: str, edits: Mapping[str, Tensor]) -> str:
-        """Put the edits of a place into its file, in one step; returns the SHA-256 of the file."""
-        path = self.folder / _EDITS.format(place=place)
+    def _path(self, place: str) -> Path:
+        return self.folder / self.pattern.format(place=place)
+
+    def write(self, place: str, tensors: Mapping[str, Tensor]) -> str:
+        """Put the tensors of a place into its file, in one step; returns the SHA-256 of the file."""
+        path = self._path(place)
         temporary = path.with_suffix(".new")
-        save_file({name: tensor.contiguous() for name, tensor in edits.items()}, temporary)
+        # one entry: several would be written in any order
+        shapes = {"shapes": json.dumps({name: list(tensor.shape) for name, tensor in sorted(tensors.items())})}
+        save_file({name: self._stored(tensor) for name, tensor in tensors.items()}, temporary, shapes)
         temporary.replace(path)
-        self._files.update(dict.fromkeys(edits, path))
+        self._files.update(dict.fromkeys(tensors, path))
         return file_digest(path)
+
+    def write_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the files of all places; never more than one place's tensors are loaded."""
+        for place, names in groupby(sorted(tensors, key=place_of), key=place_of):
+            self.write(place, {name: tensors[name] for name in names})
 
     def digest(self, place: str) -> str:
         """SHA-256 of the file of a place; empty where there is none."""
-        path = self.folder / _EDITS.format(place=place)
+        path = self._path(place)
         return file_digest(path) if path.is_file() else ""
+
+    def of(self, place: str) -> dict[str, Tensor]:
+        """The tensors of a place, loaded."""
+        return {name: self[name] for name, path in self._files.items() if path == self._path(place)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._files[name], "pt") as handle:
-            found: Tensor = handle.get_tensor(name)
-        return found
+            return self._loaded(handle.get_tensor(name), json.loads(handle.metadata()["shapes"])[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """A tensor as it lies in the file."""
+        return tensor.cpu().contiguous()
+
+    def _loaded(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+        """What ``_stored`` was given."""
+        return stored.view(tuple(shape))
+
+
+class Edits(PlaceFiles):
+    """Edited tensors."""
+
+    pattern = "plan-edits-{place}.safetensors"
+
+
+class Masks(PlaceFiles):
+    """Boolean masks, one bit each on disk."""
+
+    pattern = "plan-masks-{place}.safetensors"
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        return torch.from_numpy(np.packbits(tensor.cpu().flatten().numpy()))
+
+    def _loaded(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
+        bits = np.unpackbits(stored.numpy(), count=prod(shape))
+        return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
 
 
 class Overlay(Mapping[str, Tensor]):
@@ -174,6 +220,9 @@ class Plan:
         edits: canonical tensors that take the source's place before anything is cut, in the shape they have there, by
             name: the mends. What is removed afterwards is zero in the matrices that read it, so the edited model
             computes what the pruned one does. A name the source does not have is a tensor the pruned model adds.
+        masks: which weights of a matrix stay, bool in its shape there, by canonical name; the others become zero, after
+            the edits. The rest of the matrices stays whole.
+        counts: how many weights of a matrix stay, by canonical name: decided before the masks are.
         notes: what the method wants the report to say, JSON-able.
         charts: what it wants the report to draw.
         artifacts: what the method learned and a later run can reuse, by name; saved into the output folder.
@@ -184,6 +233,8 @@ class Plan:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
     charts: Sequence[Chart] = ()
@@ -208,6 +259,11 @@ class Plan:
         wanted = "stem" if place is None else f"blocks.{place}"
         return {name: self.edits[name] for name in self.edits if place_of(name) == wanted}
 
+    def masks_of(self, place: int | None) -> dict[str, Tensor]:
+        """The masks of one place, loaded."""
+        wanted = "stem" if place is None else f"blocks.{place}"
+        return {name: self.masks[name] for name in self.masks if place_of(name) == wanted}
+
     def save(self, folder: Path) -> str:
         """Write ``plan.safetensors``, ``plan.json`` and what lies beside them; returns the SHA-256 over all."""
         tensors = {f"kept.{name}": indices.contiguous() for name, indices in self.kept.items()}
@@ -216,6 +272,7 @@ class Plan:
         record = {
             "before": dataclasses.asdict(self.before),
             "after": dataclasses.asdict(self.after),
+            "counts": dict(self.counts),
             "notes": dict(self.notes),
             "charts": [chart.as_dict() for chart in self.charts],
             "artifacts": sorted(self.artifacts),
@@ -228,9 +285,9 @@ class Plan:
             writer = TensorWriter(folder, headers, index=False)
             for name in self.bases:
                 writer.write(name, self.bases[name])
-        if not (isinstance(self.edits, Edits) and self.edits.folder == folder):
-            for place in dict.fromkeys(map(place_of, self.edits)):
-                Edits(folder).write(place, {n: self.edits[n] for n in self.edits if place_of(n) == place})
+        for changes, files in ((self.edits, Edits(folder)), (self.masks, Masks(folder))):
+            if not (isinstance(changes, PlaceFiles) and changes.folder == folder):
+                files.write_all(changes)
         (folder / "plan.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return self.digest(folder)
 
@@ -238,8 +295,8 @@ class Plan:
     def digest(folder: Path) -> str:
         """SHA-256 over a saved plan."""
         sha = hashlib.sha256()
-        edits = sorted(folder.glob(_EDITS.format(place="*")))
-        for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES, *edits):
+        parts = [path for kind in (Edits, Masks) for path in sorted(folder.glob(kind.pattern.format(place="*")))]
+        for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES, *parts):
             if path.is_file():
                 sha.update(bytes.fromhex(file_digest(path)))
         return sha.hexdigest()
@@ -256,6 +313,8 @@ class Plan:
             kept=kept,
             bases=_bases_in(folder / _BASES) if (folder / _BASES).is_file() else {},
             edits=Edits(folder),
+            masks=Masks(folder),
+            counts=record["counts"],
             notes=record["notes"],
             charts=[Chart.from_dict(chart) for chart in record["charts"]],
             artifacts={name: Artifact.load(folder / f"{name}.safetensors") for name in record["artifacts"]},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from secateur.checkpoints.companions import CARD, SOURCE_CARD
-from secateur.meters.counts import PARTS
+from secateur.meters.counts import PARTS, remaining, share_removed
 from secateur.meters.evaluate import Figures
 from secateur.plans import Chart, Plan
 from secateur.reports.document import Charts, Document, Listing, Paragraph, Part, Section, Table, change
@@ -85,11 +85,14 @@ def counts_table(achieved: dict[str, int]) -> Table:
     """Parameters, bytes, FLOPs and cache before and after."""
     labels = {
         "params": "parameters",
+        "nonzero": "parameters that are not zero",
         "bytes": "bytes of weight files",
         "flops_per_token": "FLOPs per token",
         "kv_bytes_per_token": "key/value cache bytes per token",
     }
-    rows = [[label, *change(achieved[f"{key}_before"], achieved[key])] for key, label in labels.items()]
+    rows = [
+        [label, *change(achieved[f"{key}_before"], achieved[key])] for key, label in labels.items() if key in achieved
+    ]
     return Table(["measure", "before", "after", "kept"], rows, "Costs, counted from the files")
 
 
@@ -111,10 +114,6 @@ def _options(record: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
 
 
-def _share_removed(achieved: dict[str, int]) -> float:
-    return 1 - achieved["params"] / achieved["params_before"]
-
-
 def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -> None:
     """The model card: only what the same request gives again, byte for byte."""
     loads = table(["runtime", "loads"], [[name, state] for name, state in record["loads_in"].items()])
@@ -130,6 +129,7 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
             'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the '
             'modelling file in this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
         )
+    gone = "zero" if "nonzero" in achieved else "gone"
     text = f"""---
 library_name: transformers
 tags: [pruned, secateur]
@@ -137,7 +137,7 @@ tags: [pruned, secateur]
 
 # Pruned with Secateur {record["secateur"]}
 
-Request: {request}. {_share_removed(achieved):.2%} of all parameters are gone, counted from the file.
+Request: {request}. {share_removed(achieved):.2%} of all parameters are {gone}, counted from the file.
 
 {render_table(counts_table(achieved))}
 
@@ -261,9 +261,10 @@ def describe(facts: PruneFacts) -> Document:
         *_method(facts),
         *closing(record, facts.run, Table(["of", "value"], hashes, "What the result follows from", numbers=False)),
     ]
+    done = "put zeros in the place of" if "nonzero" in achieved else "removed"
     lead = (
-        f"{record['method']} removed {_share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "
-        f"before, {achieved['params']:,} after."
+        f"{record['method']} {done} {share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "
+        f"before, {remaining(achieved):,} after."
     )
     return Document("Secateur report", lead, sections)
 

@@ -1,0 +1,292 @@
+"""Single weights as units: masks, densities, thresholds, scores and the sweep that mends, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import models
+import secateur
+from conftest import Checkpoints
+from secateur.budgets import densities
+from secateur.budgets.thresholds import ranked_counts
+from secateur.cuts.masks import best, parse_pattern
+from secateur.errors import RequestError
+from secateur.mends.obs import obs_sweep, shares_of
+from secateur.plans import Masks
+from secateur.scores.weights import lamp_scores, obs_scores, ria_scores, wanda_scores
+
+DOUBLE = torch.float64
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.data())
+def test_the_best_weights_stay_and_ties_go_in_order(rows: int, columns: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 4), min_size=rows * columns, max_size=rows * columns))
+    count = data.draw(st.integers(0, rows * columns))
+    scores = torch.tensor(values, dtype=DOUBLE).view(rows, columns)
+    order = sorted(range(rows * columns), key=lambda i: (-values[i], i))
+    mask = best(scores, count)
+    assert mask.flatten().nonzero().flatten().tolist() == sorted(order[:count])
+
+
+@given(st.integers(1, 7), st.integers(1, 9), st.data())
+def test_every_row_keeps_as_many(rows: int, columns: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, rows * columns))
+    scores = _random(data.draw(st.integers(0, 99)), rows, columns)
+    mask = best(scores, count, "row")
+    kept = mask.sum(1)
+    assert int(kept.sum()) == count
+    assert set(kept.tolist()) <= {count // rows, count // rows + 1}
+    for row, each in enumerate(kept.tolist()):
+        assert set(mask[row].nonzero().flatten().tolist()) == set(scores[row].topk(each).indices.tolist())
+
+
+@given(st.integers(1, 5), st.integers(1, 19), st.sampled_from(["1:2", "2:4", "1:4", "4:8", "3:7"]), st.integers(0, 99))
+def test_of_every_m_inputs_n_stay(rows: int, columns: int, spelled: str, seed: int) -> None:
+    pattern, scores = parse_pattern(spelled), _random(seed, rows, columns)
+    mask = best(scores, 0, pattern=pattern)
+    assert int(mask.sum()) == pattern.count((rows, columns))
+    for row, first in itertools.product(range(rows), range(0, columns, pattern.of)):
+        group = scores[row, first : first + pattern.of]
+        chosen = set(mask[row, first : first + pattern.of].nonzero().flatten().tolist())
+        assert chosen == set(group.topk(min(pattern.kept, len(group))).indices.tolist())
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.data())
+def test_blocks_go_together(rows: int, columns: int, high: int, wide: int, seed: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, rows * columns))
+    mask = best(_random(seed, rows, columns), count, pattern=parse_pattern(f"{high}x{wide}"))
+    for top, left in itertools.product(range(0, rows, high), range(0, columns, wide)):
+        assert mask[top : top + high, left : left + wide].unique().numel() == 1
+    assert abs(int(mask.sum()) - count) <= high * wide
+
+
+@pytest.mark.parametrize("spelled", ["4:2", "0:4", "2:2", "2x", "two", "", "2:4:8", "-1x2"])
+def test_a_pattern_that_is_none_is_refused(spelled: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    options = {"spaces": "weights", "pattern": spelled}
+    with pytest.raises(RequestError) as caught:
+        secateur.prune(checkpoint(), method="magnitude", options=options, output=tmp_path / "out")
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_on_disk_are_bits(tmp_path: Path) -> None:
+    mask = _random(0, 13, 37) > 0
+    Masks(tmp_path).write("blocks.3", {"blocks.3.q.weight": mask, "blocks.3.k.weight": ~mask})
+    read = Masks(tmp_path)
+    assert torch.equal(read["blocks.3.q.weight"], mask)
+    assert torch.equal(read.of("blocks.3")["blocks.3.k.weight"], ~mask)
+    assert (tmp_path / "plan-masks-blocks.3.safetensors").stat().st_size < 2 * (13 * 37 // 8 + 1) + 400
+
+
+# -- densities ---------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
+
+
+@given(SIZES, st.data())
+def test_fill_is_exact_within_floors_and_caps(sizes: list[tuple[int, int]], data: st.DataObject) -> None:
+    caps = {str(i): rows * columns for i, (rows, columns) in enumerate(sizes)}
+    floors = {name: data.draw(st.integers(0, cap)) for name, cap in caps.items()}
+    weights = {name: data.draw(st.floats(0, 10)) for name in caps}
+    total = data.draw(st.integers(sum(floors.values()), sum(caps.values())))
+    counts = densities.fill(weights, caps, total, floors)
+    assert sum(counts.values()) == total
+    assert all(floors[name] <= counts[name] <= caps[name] for name in caps)
+
+
+@given(SIZES, st.floats(0.05, 1))
+def test_uniform_densities_differ_by_less_than_one_weight(sizes: list[tuple[int, int]], share: float) -> None:
+    shapes = {str(i): shape for i, shape in enumerate(sizes)}
+    total = int(share * sum(rows * columns for rows, columns in sizes))
+    counts = densities.uniform(shapes, total)
+    exact = total / sum(rows * columns for rows, columns in sizes)
+    assert all(abs(counts[name] - exact * rows * columns) <= 1 for name, (rows, columns) in shapes.items())
+
+
+def test_erk_is_the_published_recursion() -> None:
+    """The loop of the released code: what would be denser than dense is dense, and epsilon is solved again."""
+    shapes = {"a": (512, 64), "b": (64, 64), "c": (1000, 300), "d": (8, 64)}
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    density, dense = 0.2, set[str]()
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+    while True:
+        spare = sum(density * sizes[n] for n in shapes if n not in dense) - sum((1 - density) * sizes[n] for n in dense)
+        epsilon = spare / sum(raw[n] * sizes[n] for n in shapes if n not in dense)
+        worst = max((n for n in shapes if n not in dense), key=lambda n: raw[n])
+        if epsilon * raw[worst] <= 1:
+            break
+        dense.add(worst)
+    assert dense
+    expected = {n: sizes[n] if n in dense else epsilon * raw[n] * sizes[n] for n in shapes}
+    counts = densities.erk(shapes, round(density * sum(sizes.values())))
+    assert all(abs(counts[n] - expected[n]) <= 1 for n in shapes)
+    assert sum(counts.values()) == round(density * sum(sizes.values()))
+
+
+def test_owl_keeps_the_mean_and_the_spread() -> None:
+    shares = densities.owl_shares([0.01, 0.03, 0.02, 0.09], 0.5, 0.08)
+    assert sum(shares) / 4 == pytest.approx(0.5)
+    assert max(shares) - min(shares) == pytest.approx(0.16)
+    assert sorted(range(4), key=lambda i: shares[i]) == [0, 2, 1, 3]
+    assert densities.owl_shares([0.02, 0.02], 0.4, 0.08) == [0.4, 0.4]
+
+
+def test_a_floor_is_held_and_paid_by_the_others() -> None:
+    """A matrix a thousand times smaller: a plain ranking empties it, with the threshold it keeps exactly that much."""
+    scores = {"a": _random(0, 40, 30).abs(), "b": 1e-3 * _random(1, 40, 30).abs(), "c": _random(2, 2, 3).abs()}
+    caps = {name: each.numel() for name, each in scores.items()}
+
+    def rank(some: dict[str, int], total: int) -> dict[str, int]:
+        return ranked_counts(lambda: ((name, scores[name]) for name in some), total)
+
+    assert rank(caps, 500)["b"] == 0
+    counts = densities.with_floor(rank, caps, 500, 20)
+    assert counts["b"] == 20
+    assert counts["c"] == 6
+    assert sum(counts.values()) == 500
+    with pytest.raises(RequestError, match="floors"):
+        densities.with_floor(rank, caps, 30, 20)
+
+
+@given(st.lists(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=30), min_size=1, max_size=4), st.data())
+def test_one_ranking_of_all_is_exact(matrices: list[list[float]], data: st.DataObject) -> None:
+    total = data.draw(st.integers(0, sum(map(len, matrices))))
+    counts = ranked_counts(lambda: ((str(i), torch.tensor(m)) for i, m in enumerate(matrices)), total)
+    every = [(-np.float32(value) + np.float32(0), i) for i, matrix in enumerate(matrices) for value in matrix]
+    expected = [i for _, i in sorted(every)[:total]]
+    assert [counts[str(i)] for i in range(len(matrices))] == [expected.count(i) for i in range(len(matrices))]
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_their_formulas() -> None:
+    weight, signal = _random(0, 5, 7).float(), _random(1, 50, 7)
+    squares = signal.square().mean(0)
+    assert torch.allclose(wanda_scores(weight, squares), weight.abs() * signal.norm(dim=0).float() / 50**0.5)
+    size = weight.abs()
+    relative = size / size.sum(0) + size / size.sum(1, keepdim=True)
+    assert torch.allclose(ria_scores(weight, squares, 0.5), relative * squares.float() ** 0.25)
+    assert torch.equal(wanda_scores(weight, torch.zeros(7)), size), "an expert that saw nothing goes by magnitude"
+    gram = signal.t() @ signal
+    inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(7))
+    assert torch.allclose(obs_scores(weight, gram, 0.01), weight.double().square() / inverse.diagonal())
+
+
+def test_lamp_scores_end_in_one_and_know_no_scale() -> None:
+    weight = _random(0, 6, 9)
+    scores = lamp_scores(weight.abs())
+    assert float(scores.max()) == 1
+    assert torch.allclose(lamp_scores(1e3 * weight.abs()), scores)
+    order = weight.abs().flatten().argsort()
+    assert (scores.flatten()[order].diff() > 0).all()
+    u = (2, 5)
+    tail = weight[weight.abs() >= weight[u].abs()].square().sum()
+    assert float(scores[u]) == pytest.approx(float(weight[u] ** 2 / tail))
+
+
+# -- the sweep that mends ----------------------------------------------------------------------------------------------
+
+
+def _fixed(mask: Tensor) -> object:
+    return lambda _, start, stop: mask[:, start:stop]
+
+
+@pytest.mark.parametrize("width", [3, 8, 100])
+def test_the_sweep_is_optimal_where_each_row_loses_one_weight(width: int) -> None:
+    """Then the columns before it have nothing to make up for, if it stands first; least squares says the same."""
+    weight, signal = _random(0, 4, 12), _random(1, 300, 12)
+    gram = signal.t() @ signal
+    mask = torch.ones(4, 12, dtype=torch.bool)
+    mask[:, 0] = False
+    found, stays = obs_sweep(weight, gram, _fixed(mask), damping=1e-12, width=width)  # type: ignore[arg-type]
+    assert torch.equal(stays, mask)
+    expected = torch.linalg.lstsq(signal[:, 1:], signal @ weight.t()).solution.t()
+    assert torch.allclose(found[:, 1:], expected, atol=1e-8)
+    assert not found[:, 0].any()
+
+
+def test_the_sweep_comes_near_the_optimum_and_lazy_updates_change_nothing() -> None:
+    weight = _random(0, 6, 32)
+    signal = _random(1, 400, 8) @ _random(2, 8, 32) + 0.3 * _random(3, 400, 32)  # inputs that say much the same
+    gram = signal.t() @ signal
+    mask = best(obs_scores(weight, gram, 1e-6), 96, "row")
+    sweeps = [obs_sweep(weight, gram, _fixed(mask), damping=1e-9, width=w)[0] for w in (5, 32)]  # type: ignore[arg-type]
+    assert torch.allclose(*sweeps, atol=1e-9)
+
+    def loss(new: Tensor) -> float:
+        return float(((new - weight) @ signal.t()).square().sum())
+
+    exact = torch.zeros_like(weight)
+    for row in range(6):
+        kept = mask[row]
+        exact[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight[row])
+    masked, swept, best_of_all = (loss(new) for new in (weight * mask, sweeps[0], exact))
+    assert best_of_all <= swept < masked - 0.5 * (masked - best_of_all)
+
+
+def test_the_sweep_counts_exactly_and_drops_dead_inputs() -> None:
+    weight, signal = _random(0, 6, 30), _random(1, 300, 30)
+    signal[:, 4] = 0
+    share = shares_of(77, 30)
+    new, mask = obs_sweep(weight, signal.t() @ signal, lambda s, a, b: best(s, share(a, b)), width=8)
+    assert int(mask.sum()) == 77
+    assert not new[~mask].any()
+    assert not new[:, 4].any()
+    ordered = torch.argsort(signal.square().sum(0), descending=True)
+    again, other = obs_sweep(weight, signal.t() @ signal, lambda s, a, b: best(s, share(a, b)), width=8, order=ordered)
+    assert int(other.sum()) == 77
+    assert not torch.equal(again, new)
+
+
+# -- whole prunes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_all_parameters_and_the_pattern_is_a_size(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoint()
+    result = secateur.prune(
+        model, method="magnitude", ratio=0.3, options={"spaces": "weights"}, output=tmp_path / "third"
+    )
+    assert result.achieved["nonzero_before"] - result.achieved["nonzero"] == round(0.3 * result.achieved["params"])
+    assert result.achieved["bytes"] == result.achieved["bytes_before"]
+    options = {"spaces": "weights", "pattern": "2:4"}
+    secateur.prune(model, method="magnitude", options=options, output=tmp_path / "pairs")
+    for name, values in models.load(tmp_path / "pairs").named_parameters():
+        if name.endswith("proj.weight"):
+            assert ((values.view(len(values), -1, 4) != 0).sum(-1) == 2).all()
+    with pytest.raises(RequestError, match="2:4 leaves"):
+        secateur.prune(model, method="magnitude", ratio=0.2, options=options, output=tmp_path / "no")
+    with pytest.raises(RequestError, match="can become zero"):
+        secateur.prune(model, method="magnitude", ratio=0.95, options={"spaces": "weights"}, output=tmp_path / "no")
+    with pytest.raises(RequestError, match="zeros change nothing about flops"):
+        secateur.prune(
+            model, method="magnitude", target=["flops=50%"], options={"spaces": "weights"}, output=tmp_path / "no"
+        )
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("method", ["global_mp", "lamp", "random_pruning_erk"])
+def test_densities_of_the_named_methods(method: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    result = secateur.prune(checkpoint(), method=method, options={"sparsity": 0.9}, output=tmp_path / "out")
+    loaded = models.load(tmp_path / "out")
+    kept = {n: int((p != 0).sum()) for n, p in loaded.named_parameters() if n.endswith("proj.weight")}
+    sizes = {n: p.numel() for n, p in loaded.named_parameters() if n in kept}
+    assert sum(kept.values()) == sum(sizes.values()) - int(0.9 * sum(sizes.values()) + 1e-9)
+    assert all(kept.values())
+    assert len({round(kept[n] / sizes[n], 3) for n in kept}) > 1
+    assert result.achieved["params"] == result.achieved["params_before"]
