@@ -21,7 +21,7 @@ from secateur.engine.sweeps import SummarySweep, view_of
 from secateur.engine.trials import CalibrationTrials
 from secateur.families import Block
 from secateur.methods.base import Study
-from secateur.plans import Artifact, Plan
+from secateur.plans import Artifact, Edits, Plan
 from secateur.spaces import BlockView
 
 
@@ -136,6 +136,11 @@ class _Round:
                 planning.progress.start(what, of)
             planning.progress.step(done)
 
+        def store(name: str) -> Edits:
+            folder = self._folder / name
+            folder.mkdir(exist_ok=True)
+            return Edits(folder)
+
         generator = torch.Generator().manual_seed(planning.prepared.request.seed)
         study = Study(
             planning.prepared.budget,
@@ -146,6 +151,7 @@ class _Round:
             round=self._number,
             previous=self._previous,
             progress=progress,
+            store=store,
         )
         if planning.ids is not None:
             study.make_trials, study.ids = self._trials, planning.ids

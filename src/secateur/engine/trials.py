@@ -78,7 +78,7 @@ class CalibrationTrials:
     def _load(self, place: Block, edits: Edited) -> None:
         """Bring the modules of a place in line with the edits of it."""
         dense = self._read(place)
-        mine = {name: tensor for name, tensor in edits.items() if name in dense}
+        mine = {name: edits[name] for name in edits if name in dense}  # no other is loaded
         before = self._loaded.get(place)
         same = before is not None and before.keys() == mine.keys() and all(before[n] is mine[n] for n in mine)
         if not same:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from secateur.budgets import Budget
 from secateur.errors import InternalError
 from secateur.families import Block, Layout, Sizes
-from secateur.plans import Artifact, Mend, Plan
+from secateur.plans import Artifact, Edits, Mend, Plan
 from secateur.spaces import BlockView, Kind, Space, all_spaces
 
 Output = Literal["dense", "dense-per-layer", "zeros", "factors", "runtime", "index"]
@@ -114,6 +114,7 @@ class Study:
         trials: losses and gradients of the network on the calibration text; only of methods with ``data``.
         ids: the calibration windows, [count, length]; empty without data.
         progress: report (done, of, what) of a long decision.
+        store: a place on disk for tensors as large as the model, by name; written and read place by place.
     """
 
     budget: Budget
@@ -126,6 +127,7 @@ class Study:
     make_trials: Callable[[], Trials] | None = None
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
+    store: Callable[[str], Edits] | None = None
 
     @cached_property
     def trials(self) -> Trials:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from itertools import groupby
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -13,17 +11,17 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from secateur.budgets import Budget, densities
-from secateur.budgets.thresholds import ranked_counts
 from secateur.cuts.masks import Group, Pattern, PatternName, best, parse_pattern
 from secateur.families import Architecture, CanonicalTensor, Sizes
 from secateur.families.roles import MATRICES
 from secateur.methods.base import Method, Study
 from secateur.methods.charts import density_chart
+from secateur.methods.ranked import ranked
 from secateur.plans import Mend, Plan
 from secateur.plans.lazy import OneAtATime
 from secateur.scores.weights import lamp_scores
 from secateur.spaces import BlockView
-from secateur.spaces.weights import INPUTS, Part, all_matrices, input_key, matrices_of
+from secateur.spaces.weights import INPUTS, Part, all_matrices, block_of, input_key, matrices_of, units_of
 
 Allocation = Literal["uniform", "uniform+", "erk", "block", "global", "lamp", "owl"]
 _RANKED = ("block", "global", "lamp")
@@ -125,7 +123,7 @@ class Elementwise(Method):
 
     def kept(self, budget: Budget) -> int:
         """How many of the weights that can go stay."""
-        shapes, prunable = self._shapes(budget.architecture), self.prunable(budget.architecture)
+        shapes, prunable = self.shapes(budget.architecture), self.prunable(budget.architecture)
         if self.shape.fixed:
             count = sum(self.shape.count(shape) for shape in shapes.values())
             budget.require_weights(prunable, count, f"pattern {self.pattern}")
@@ -134,9 +132,10 @@ class Elementwise(Method):
 
     def prunable(self, architecture: Architecture) -> int:
         """Weights that can go one by one."""
-        return sum(rows * columns for rows, columns in self._shapes(architecture).values())
+        return sum(rows * columns for rows, columns in self.shapes(architecture).values())
 
-    def _shapes(self, architecture: Architecture) -> dict[str, tuple[int, int]]:
+    def shapes(self, architecture: Architecture) -> dict[str, tuple[int, int]]:
+        """Shapes of the matrices whose weights can go."""
         found = {}
         for matrix in all_matrices(architecture, self.part):
             rows, columns = architecture.shapes[matrix.name]
@@ -146,39 +145,21 @@ class Elementwise(Method):
     def counts(self, study: Study) -> dict[str, int]:
         """How many weights every matrix keeps."""
         architecture, total = study.budget.architecture, self.kept(study.budget)
-        shapes = self._shapes(architecture)
+        shapes = self.shapes(architecture)
         if self.shape.fixed:
             return {name: self.shape.count(shape) for name, shape in shapes.items()}
         if self.allocation in _RANKED:
-            return self._ranked(study, shapes, total)
+            units = units_of(shapes, "block") if self.allocation == "block" else [list(shapes)]
+            return ranked(study, shapes, total, units, self.floor / 100)
         if self.allocation == "owl":
             keep = total / self.prunable(architecture)
             blocks = densities.owl_shares([float(each) for each in study.summaries[_OUTLIERS]], keep, self.spread)
-            return densities.mapped(shapes, total, {name: blocks[_block(name)] for name in shapes})
+            return densities.mapped(shapes, total, {name: blocks[block_of(name)] for name in shapes})
         if self.allocation == "uniform+":
-            last = max(map(_block, shapes))
-            first, end = ([name for name in shapes if _block(name) == block] for block in (0, last))
+            last = max(map(block_of, shapes))
+            first, end = ([name for name in shapes if block_of(name) == block] for block in (0, last))
             return densities.uniform_plus(shapes, total, first, end)
         return (densities.erk if self.allocation == "erk" else densities.uniform)(shapes, total)
-
-    def _ranked(self, study: Study, shapes: Mapping[str, tuple[int, int]], total: int) -> dict[str, int]:
-        caps = {name: rows * columns for name, (rows, columns) in shapes.items()}
-
-        def rank(some: Mapping[str, int], count: int) -> dict[str, int]:
-            def scores() -> Iterator[tuple[str, Tensor]]:
-                return ((name, next(iter(study.summaries[name]))) for name in some)
-
-            return ranked_counts(scores, count)
-
-        floor = int(self.floor / 100 * sum(caps.values()))
-        if self.allocation != "block":
-            return densities.with_floor(rank, caps, total, floor)
-        counts: dict[str, int] = {}
-        even = densities.uniform(shapes, total)
-        for _, names in groupby(shapes, key=_block):
-            block = {name: caps[name] for name in names}
-            counts |= densities.with_floor(rank, block, sum(even[name] for name in block), floor)
-        return counts
 
     # -- what is gathered and decided ---------------------------------------------------------------------------------
 
@@ -188,13 +169,15 @@ class Elementwise(Method):
         if self.allocation == "owl" and scores:
             every = torch.cat([each.flatten() for each in scores.values()])
             return {_OUTLIERS: (every > self.outlier * every.mean(dtype=torch.float64)).double().mean()}
-        return (
-            {name: lamp_scores(each).float() for name, each in scores.items()} if self.allocation == "lamp" else scores
-        )
+        return {name: self.normalised(each) for name, each in scores.items()}
+
+    def normalised(self, scores: Tensor) -> Tensor:
+        """Scores of a matrix as they are ranked among those of others."""
+        return lamp_scores(scores).float() if self.allocation == "lamp" else scores
 
     def decide(self, study: Study) -> Plan:
         sizes, architecture = study.budget.sizes, study.budget.architecture
-        counts, shapes = self.counts(study), self._shapes(architecture)
+        counts, shapes = self.counts(study), self.shapes(architecture)
         chart = density_chart({architecture.tensors[n]: counts[n] / (shapes[n][0] * shapes[n][1]) for n in shapes})
         notes = {"prunable": self.prunable(architecture), "kept": sum(counts.values()), "pattern": self.pattern}
         plan = Plan(sizes, sizes, counts=counts, notes={"weights": notes}, charts=(chart,))
@@ -221,8 +204,3 @@ def squares_of(view: BlockView, matrix: CanonicalTensor, evidence: Mapping[str, 
     """Mean over tokens of the squared inputs of a matrix, [in]; zero where none came."""
     key = input_key(view.architecture, matrix)
     return evidence[f"{key}.squares"] / evidence[f"{key}.count"].clamp(min=1).to(evidence[f"{key}.squares"].device)
-
-
-@cache
-def _block(name: str) -> int:
-    return int(name.split(".")[1])

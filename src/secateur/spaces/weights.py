@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from itertools import groupby
 from typing import Final, Literal
 
 from secateur.families import Architecture, Block, CanonicalTensor, canonical_name
 from secateur.families.roles import MATRICES, branch_of
 
 Part = Literal["all", "attention", "ffn"]
+
+INPUTS: Final = "inputs"
+"""In the name of evidence: all distinct inputs of the matrices of a block."""
 
 _SAME_INPUT: Final = {"k": "q", "v": "q", "latent_kv": "q", "up": "gate"}
 """Roles that read what another reads, where that is there."""
@@ -62,4 +66,13 @@ def every_input(architecture: Architecture, place: Block, wanted: Collection[str
     return frozenset(found)
 
 
-INPUTS: Final = "inputs"
+def block_of(name: str) -> int:
+    """The block of a canonical name."""
+    return int(name.split(".")[1])
+
+
+def units_of(names: Iterable[str], unit: Literal["block", "matrix"]) -> list[list[str]]:
+    """Names of matrices, block by block or each alone."""
+    if unit == "matrix":
+        return [[name] for name in names]
+    return [list(group) for _, group in groupby(names, key=block_of)]
