@@ -82,6 +82,7 @@ METHODS: dict[str, Row] = {
     "dotresize": Row(({}, {"spaces": "ffn"}), ({"cost": "squared"},), ({},)),
     "wanda": Row(({}, {"pattern": "2:4"}), ({"allocation": "owl"}, {"allocation": "global", "within": "matrix"})),
     "sparsegpt": Row(({}, {"pattern": "2:4"}), ({"act_order": True}, {"allocation": "lamp"}, {"columns": 7})),
+    "synflow": Row(({"steps": 3},), ({"steps": 20, "allocation": "lamp"},)),
     "ria": Row(({},), ({"pattern": "4:8"},)),
     "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
     "disp_llm": Row(

@@ -128,12 +128,20 @@ class Study:
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
     store: Callable[[str], Edits] | None = None
+    _last: BlockView | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def trials(self) -> Trials:
         if self.make_trials is None:
             raise InternalError("no-trials", "a trial on calibration text", "the method did not ask for data")
         return self.make_trials()
+
+    def block(self, place: Block) -> BlockView:
+        """All tensors of a place; those of the last one stay."""
+        if self._last is None or self._last.place != place:
+            self._last = None  # never two of them
+            self._last = self.view(place, None)
+        return self._last
 
     def spaces(self, kind: Kind) -> list[Space]:
         """All spaces of a kind, in the order of the blocks."""

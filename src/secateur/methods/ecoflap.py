@@ -54,7 +54,7 @@ class Ecoflap(Wanda):
         back: dict[str, Tensor] = {}
         for name in names:
             matrix = study.budget.architecture.tensors[name]
-            weight = study.view(matrix.block, (matrix.role,)).tensors[name].float()
+            weight = study.block(matrix.block).tensors[name].float()
             shake = torch.randn(weight.shape, generator=study.generator) * self.step * weight.square().mean().sqrt()
             there[name], back[name] = weight + shake, weight - shake
         return abs(study.trials.loss(there) - study.trials.loss(back)) / (2 * self.step)

@@ -107,7 +107,7 @@ class Elementwise(Method):
 
     def scores_of(self, study: Study, matrix: CanonicalTensor) -> Tensor:
         """The same in the decision, of methods that have no statistics of signals to wait for."""
-        return self.weigh(study.view(matrix.block, (matrix.role,)), matrix, {})
+        return self.weigh(study.block(matrix.block), matrix, {})
 
     # -- how many ---------------------------------------------------------------------------------------------------
 

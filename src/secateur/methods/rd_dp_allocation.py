@@ -59,7 +59,7 @@ class RdDpAllocation(MagnitudeOfWeights):
         edits: dict[str, Tensor] = {}
         for name, kept in densities.uniform(unit, count).items():
             matrix = study.budget.architecture.tensors[name]
-            view = study.view(matrix.block, (matrix.role,))
+            view = study.block(matrix.block)
             edits[name] = masked(view.tensors[name], self.mask(self.weigh(view, matrix, {}), kept))
         return study.trials.divergence(edits)
 

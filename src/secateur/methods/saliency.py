@@ -89,4 +89,4 @@ def _masked_weight(study: Study, masks: Mapping[str, Tensor], name: str) -> Tens
 
 def _weight(study: Study, name: str) -> Tensor:
     matrix = study.budget.architecture.tensors[name]
-    return study.view(matrix.block, (matrix.role,)).tensors[name]
+    return study.block(matrix.block).tensors[name]

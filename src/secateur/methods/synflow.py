@@ -46,13 +46,18 @@ class Flow:
 
     def __init__(self, architecture: Architecture, weights: Mapping[str, Tensor]) -> None:
         self._architecture, self._weights = architecture, weights
+        self._block, self._held = -1, dict[str, Tensor]()  # of one block, which is looked at several times
         for matrix in (t for t in architecture.tensors.values() if t.role.startswith("latent")):
             found = f"attention of low rank ({matrix.role})"
             refuse("not-supported", "the synaptic flow of this model", found, "another score, e.g. magnitude")
 
     def _matrix(self, block: int, role: str, expert: Expert = None) -> Tensor | None:
+        if block != self._block:
+            self._block, self._held = block, {}
         name = canonical_name(block, role, "weight", expert)
-        return self._weights[name].double().abs() if name in self._weights else None
+        if name in self._weights and name not in self._held:
+            self._held[name] = self._weights[name].double().abs()
+        return self._held.get(name)
 
     def _experts(self, block: int) -> list[Expert]:
         return list(dict.fromkeys(m.expert for m in matrices_of(self._architecture, block, "ffn")))
