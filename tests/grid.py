@@ -83,6 +83,8 @@ METHODS: dict[str, Row] = {
     "wanda": Row(({}, {"pattern": "2:4"}), ({"allocation": "owl"}, {"allocation": "global", "within": "matrix"})),
     "sparsegpt": Row(({}, {"pattern": "2:4"}), ({"act_order": True}, {"allocation": "lamp"}, {"columns": 7})),
     "synflow": Row(({"steps": 3},), ({"steps": 20, "allocation": "lamp"},)),
+    "d_pruner": Row(({},), ({"penalty": "step"}, {"allocation": "global"})),
+    "gaprune": Row(({},), ({"literal": True}, {"part": "all"})),
     "ria": Row(({},), ({"pattern": "4:8"},)),
     "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
     "disp_llm": Row(
@@ -249,6 +251,10 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
         notes = folder / "notes.txt"
         notes.write_text(models.text(200))
         found.update(data=str(notes), samples=8, length=32)
+        if method_class(cell.method).group == "domain":
+            domain = folder / "domain.txt"
+            domain.write_text(models.text(200, seed=3))
+            found["options"]["domain"] = str(domain)
     return found
 
 

@@ -171,3 +171,59 @@ def test_measured_densities_are_exact_and_differ(
     ) - sum(kept.values())
     blocks = [sum(count for name, count in kept.items() if f"layers.{block}." in name) for block in range(2)]
     assert blocks[0] != blocks[1]
+
+
+def _domain(tmp_path: Path) -> Path:
+    path = tmp_path / "domain.txt"
+    path.write_text(models.text(300, seed=5))
+    return path
+
+
+def test_d_pruner_is_taylor_and_its_penalty_acts(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Without the penalty |g w - F w^2 / 2| of the domain; with either form of it other weights stay."""
+    folder, domain = checkpoint("llama", DOUBLE), _domain(tmp_path)
+    masks = {}
+    for name, options in {
+        "plain": {"penalty": "none"},
+        "nothing": {"strength": 0.0},
+        "curvature": {},
+        "step": {"penalty": "step"},
+    }.items():
+        request = _request(notes, "d_pruner", domain=str(domain), **options)
+        masks[name] = grid.plan_of(folder, tmp_path / name, **request)[0].masks
+    model, ids = models.load(folder, dtype=DOUBLE), _windows(folder, domain, tmp_path / "ids")
+    names = {_stock(name): name for name in masks["plain"]}
+    chosen = {stock: p for stock, p in model.named_parameters() if stock in names}
+    each = [torch.autograd.grad(_loss(model, ids[i : i + 1]), list(chosen.values())) for i in range(len(ids))]
+    for position, (stock, weight) in enumerate(chosen.items()):
+        found = torch.stack([window[position] for window in each])
+        wide = weight.detach()
+        scores = (found.mean(0) * wide - 0.5 * found.square().mean(0) * wide.square()).abs()
+        expected = _kept({names[stock]: scores}, 0.5)
+        assert _equal(masks["plain"], expected) > 0.999
+        assert _equal(masks["nothing"], expected) > 0.999
+    for name in ("curvature", "step"):
+        differing = sum(int((masks[name][n] != masks["plain"][n]).sum()) for n in masks["plain"])
+        assert differing > 0.01 * sum(mask.numel() for mask in masks["plain"].values())
+
+
+def test_signals_of_gaprune_act_unless_they_are_scaled_as_released(
+    checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    """The released scaling gives the masks of magnitude, to a thousandth; ours does not."""
+    folder, domain = checkpoint("llama", DOUBLE), _domain(tmp_path)
+    plans = {}
+    for name, options in {"literal": {"literal": True}, "ours": {}}.items():
+        request = _request(notes, "gaprune", domain=str(domain), **options)
+        plans[name] = grid.plan_of(folder, tmp_path / name, **request)[0]
+    options = {"spaces": "weights", "part": "ffn", "allocation": "global", "sparsity": 0.5}
+    magnitude = grid.plan_of(folder, tmp_path / "magnitude", method="magnitude", options=options)[0]
+    expected = {name: magnitude.masks[name] for name in magnitude.masks}
+    assert _equal(plans["literal"].masks, expected) > 0.99
+    assert _equal(plans["ours"].masks, expected) < 0.98
+
+
+def test_a_domain_needs_its_text(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="text of the domain"):
+        secateur.prune(checkpoint(), output=tmp_path / "out", **_request(notes, "d_pruner"))
+    assert not (tmp_path / "out").exists()

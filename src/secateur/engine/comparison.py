@@ -125,12 +125,15 @@ def _named(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Methods and options of one part of the list: ``NAME``, ``NAME:option=value:option=value`` or ``all-GROUP``."""
     if text.startswith(_GROUP):
         group = text.removeprefix(_GROUP)
-        groups = {name: method_class(name).group for name in method_names()}
-        found = [name for name, of in groups.items() if of == group]
-        if not found:
-            hint = near(text, [_GROUP + of for of in groups.values()])
-            refuse("unknown-method", f"methods {text!r}", "there is no such group", hint)
-        return [(name, {}) for name in found]
+        members = _members()
+        if group not in members:
+            refuse(
+                "unknown-method",
+                f"methods {text!r}",
+                "there is no such group",
+                near(text, map(_GROUP.__add__, members)),
+            )
+        return members[group]
     name, *pairs = text.split(":")
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -139,6 +142,18 @@ def _named(text: str) -> list[tuple[str, dict[str, Any]]]:
             refuse("bad-option", f"option {pair!r} of {name}", "not of the form key=value", "e.g. magnitude:spaces=kv")
         options[key.strip()] = None if value.lower() == "none" else value.strip()
     return [(name.strip(), options)]
+
+
+def _members() -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Methods by group, and the variants that belong to another than their method, with the option that makes them."""
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for name in method_names():
+        kind = method_class(name)
+        found.setdefault(kind.group, []).append((name, {}))
+        for (option, value), variant in kind.variants.items():
+            if variant.group != kind.group:
+                found.setdefault(variant.group, []).append((name, {option: value}))
+    return found
 
 
 def _options_by_method(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ class Planning:
     Args:
         prepared: the resolved request.
         ids: the calibration windows; None without data.
+        texts: windows of the other texts that the method named.
         artifacts: what the method's ``files`` named, loaded.
         work: the work folder.
         journal: of the run; that of every round but an only one lies in a folder of its own.
@@ -41,12 +42,13 @@ class Planning:
         self,
         prepared: Prepared,
         ids: Tensor | None,
+        texts: Mapping[str, Tensor],
         artifacts: Mapping[str, Artifact],
         work: Path,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.prepared, self.ids, self.artifacts = prepared, ids, artifacts
+        self.prepared, self.ids, self.texts, self.artifacts = prepared, ids, texts, artifacts
         self.work, self.journal, self.progress = work, journal, progress
 
     def plan(self) -> Plan:
@@ -155,9 +157,18 @@ class _Round:
         )
         if planning.ids is not None:
             study.make_trials, study.ids = self._trials, planning.ids
+        study.make_trials_on = self._trials_on
         return study
 
     def _trials(self) -> CalibrationTrials:
-        prepared, ids = self._planning.prepared, self._planning.ids
-        assert ids is not None
-        return CalibrationTrials(self._checkpoint, ids, prepared.dtype, prepared.device, self._folder, self._journal)
+        assert self._planning.ids is not None
+        return self._on(self._planning.ids, self._folder, self._journal)
+
+    def _trials_on(self, text: str) -> CalibrationTrials:
+        folder = self._folder / f"text-{text}"
+        folder.mkdir(exist_ok=True)
+        return self._on(self._planning.texts[text], folder, Journal(folder, self._journal.fingerprint))
+
+    def _on(self, ids: Tensor, folder: Path, journal: Journal) -> CalibrationTrials:
+        prepared = self._planning.prepared
+        return CalibrationTrials(self._checkpoint, ids, prepared.dtype, prepared.device, folder, journal)

@@ -46,6 +46,7 @@ class Run:
         self.work = work_folder(output)
         self.result = self.work / "out"
         self.windows = self._draw_windows()
+        self.texts = {name: self._drawn(source) for name, source in prepared.method.texts().items()}
         self.artifacts = {name: Artifact.load(Path(path)) for name, path in prepared.method.files().items()}
         self.work.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.work, self._fingerprint())
@@ -67,10 +68,15 @@ class Run:
                 "it needs calibration text and --data is not given",
                 "--data notes.txt",
             )
+        return self._drawn(request.data)
+
+    def _drawn(self, source: str) -> Windows:
+        """Windows of a text, as the request wants them."""
+        request = self.prepared.request
         if request.length and request.length > self.prepared.context:
             refuse("bad-length", f"length {request.length}", f"the model's context is {self.prepared.context}")
         return calibration_windows(
-            request.data,
+            source,
             self.checkpoint.folder.path,
             self.checkpoint.architecture.sizes.vocab,
             request.samples,
@@ -90,6 +96,7 @@ class Run:
             "artifacts": {name: artifact.digest() for name, artifact in self.artifacts.items()},
             "targets": [str(target) for target in request.targets],
             "data": None if self.windows is None else self.windows.record(),
+            **({"texts": {name: text.record() for name, text in self.texts.items()}} if self.texts else {}),
             "layout": request.layout,
             "quantum": request.quantum,
             "tolerance": request.tolerance,
@@ -111,7 +118,8 @@ class Run:
                 )
             return Plan.load(self.work)
         ids = None if self.windows is None else self.windows.ids
-        plan = Planning(self.prepared, ids, self.artifacts, self.work, self.journal, self.progress).plan()
+        texts = {name: text.ids for name, text in self.texts.items()}
+        plan = Planning(self.prepared, ids, texts, self.artifacts, self.work, self.journal, self.progress).plan()
         self.journal.add("plan", sha256=plan.save(self.work))
         return Plan.load(self.work)
 
@@ -175,6 +183,7 @@ class Run:
             **({"resize": layer_record(target)} if target.per_layer else {}),
             "plan_sha256": Plan.digest(self.work),
             "data": None if self.windows is None else self.windows.record(),
+            **({"texts": {name: text.record() for name, text in self.texts.items()}} if self.texts else {}),
             "loads_in": {
                 "transformers": f"verified({self.journal.done('verified')[-1]['transformers']})",
                 **loads_in(target.family, plan.before, plan.after, prepared.request.layout),

@@ -125,6 +125,7 @@ class Study:
     round: int = 0
     previous: Plan | None = None
     make_trials: Callable[[], Trials] | None = None
+    make_trials_on: Callable[[str], Trials] | None = None
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
     store: Callable[[str], Edits] | None = None
@@ -135,6 +136,12 @@ class Study:
         if self.make_trials is None:
             raise InternalError("no-trials", "a trial on calibration text", "the method did not ask for data")
         return self.make_trials()
+
+    def trials_on(self, text: str) -> Trials:
+        """Trials on another of the method's ``texts``."""
+        if self.make_trials_on is None:
+            raise InternalError("no-trials", f"a trial on the {text} text", "the study was made without texts")
+        return self.make_trials_on(text)
 
     def block(self, place: Block) -> BlockView:
         """All tensors of a place; those of the last one stay."""
@@ -223,6 +230,10 @@ class Method(BaseModel):
 
     def files(self) -> dict[str, str]:
         """Artifacts of earlier runs that the options name: paths by name, loaded by the engine."""
+        return {}
+
+    def texts(self) -> dict[str, str]:
+        """Texts besides the calibration text that the options name: sources by name, drawn from as it is."""
         return {}
 
     def sizes(self, budget: Budget) -> Sizes:
