@@ -260,11 +260,18 @@ def show_methods(result: dict[str, Any]) -> None:
     if len(result) == 1:
         ((_, facts),) = result.items()
         _out.print(f"output: {facts['worth']}", highlight=False)
-        options = _table("--set", "values", "default", "what", numbers=False)
-        for key, option in facts["options"].items():
-            values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
-            options.add_row(key, values, str(option["default"]), escape(option["description"]))
-        _out.print(options)
+        _show_options(facts["options"])
+        for option, variant in facts["variants"].items():
+            _out.print(f"with --set {option}: {variant['worth']}", highlight=False)
+            _show_options(variant["options"])
+
+
+def _show_options(options: dict[str, Any]) -> None:
+    table = _table("--set", "values", "default", "what", numbers=False)
+    for key, option in options.items():
+        values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
+        table.add_row(key, values, str(option["default"]), escape(option["description"]))
+    _out.print(table)
 
 
 def show_families(result: dict[str, Any]) -> None:

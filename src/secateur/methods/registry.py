@@ -96,7 +96,15 @@ def describe_method(name: str) -> dict[str, Any]:
         "seeded": kind.model_construct().seeded,  # as it is by default
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
-        **{f"options with {'='.join(key)}": describe_options(variant) for key, variant in kind.variants.items()},
+        "variants": {
+            "=".join(key): {
+                "output": variant.output,
+                "worth": WORTH[variant.output],
+                "group": variant.group,
+                "options": describe_options(variant),
+            }
+            for key, variant in kind.variants.items()
+        },
     }
 
 

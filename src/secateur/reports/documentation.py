@@ -33,7 +33,11 @@ def methods_table() -> str:
 def options_table(name: str) -> str:
     """Options of a method with their defaults."""
     facts = describe_method(name)
-    return _options_rows(facts["options"]) + f"\n\nOutput: {facts['output']}, {facts['worth']}."
+    tables = [_options_rows(facts["options"]) + f"\n\nOutput: {facts['output']}, {facts['worth']}."]
+    for option, variant in facts["variants"].items():
+        output = f"Output: {variant['output']}, {variant['worth']}."
+        tables.append(f"With `{option}`:\n\n{_options_rows(variant['options'])}\n\n{output}")
+    return "\n\n".join(tables)
 
 
 def compared_table(name: str, results: Path) -> str:
