@@ -501,3 +501,16 @@ def test_a_job_ends_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         workers.run("last", {"pid": str(tmp_path / "pid"), "owner": os.getpid()})
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_single_weights_are_a_group_of_their_own() -> None:
+    """Variants of a method belong where their result belongs; zeros leave the layouts alike, so one is enough."""
+    request = CompareRequest(model="m", methods=("all-unstructured",), ratio=(0.3,))
+    rows = rows_of(request)
+    labels = [row.label for row in rows]
+    assert {"wanda", "sparsegpt", "magnitude:spaces=weights", "random:spaces=weights"} <= set(labels)
+    assert not {"fasp", "magnitude", "d_pruner"} & set(labels)
+    assert baseline_of(rows) == "random:spaces=weights"
+    assert {cell.layout for cell in cells_of(request, rows)} == {"native"}
+    both = rows_of(CompareRequest(model="m", methods=("all-unstructured", "fasp"), ratio=(0.3,)))
+    assert {cell.layout for cell in cells_of(request, both)} == {"native", "per-layer"}

@@ -17,7 +17,15 @@ from secateur.api.outputs import require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
 from secateur.data.sources import documents, read_text, source_files
-from secateur.engine.comparison import Cell, CompareRequest, Row, baseline_of, cells_of, rows_of
+from secateur.engine.comparison import (
+    Cell,
+    CompareRequest,
+    Row,
+    baseline_of,
+    cells_of,
+    layouts_of,
+    rows_of,
+)
 from secateur.engine.journal import Journal
 from secateur.engine.prepare import resolve_device
 from secateur.engine.progress import Progress, Silent
@@ -269,7 +277,7 @@ class _Run:
             ],
             "baseline": baseline,
             "counts": {state: states.count(state) for state in ("done", "unreachable", "failed")},
-            "judgement": judgement(dense, summary, request.layouts, request.ratios, baseline),
+            "judgement": judgement(dense, summary, layouts_of(request, self.rows), request.ratios, baseline),
             "summary": summary,
             "cells": cells,
         }

@@ -97,20 +97,22 @@ def best(scores: Tensor, count: int, group: Group = "matrix", pattern: Pattern =
 
 
 def _first(scores: Tensor, count: int) -> Tensor:
-    """The mask of the ``count`` highest of [n] or of every row of [..., n]."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :count], True)
+    """The mask of the ``count`` highest of [n] or of every row of [..., n]; of equal ones the first."""
+    size = scores.shape[-1]
+    if not 0 < count < size:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    least = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+    above, ties = scores > least, scores == least
+    return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def _by_row(scores: Tensor, count: int) -> Tensor:
     each, more = divmod(count, len(scores))
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[:, :each], True)
+    mask = _first(scores, each)
     if more:
-        following = order[:, each]
-        rows = _first(scores.gather(1, following[:, None]).flatten(), more).nonzero().flatten()
-        mask[rows, following[rows]] = True
+        following = scores.masked_fill(mask, -torch.inf).max(-1)
+        rows = _first(following.values, more).nonzero().flatten()
+        mask[rows, following.indices[rows]] = True
     return mask
 
 

@@ -167,6 +167,12 @@ def _options_by_method(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def layouts_of(request: CompareRequest, rows: Sequence[Row]) -> list[Layout]:
+    """The layouts in which there is something to compare: zeros leave all sizes as they are, so one says it all."""
+    sizes_stay = all(row.settings.output == "zeros" for row in rows)
+    return request.layouts[:1] if sizes_stay else request.layouts
+
+
 def cells_of(request: CompareRequest, rows: Sequence[Row]) -> list[Cell]:
     """Every cell, in the order in which they run: the smaller cuts of all methods first."""
     for ratio in request.ratios:
@@ -175,7 +181,7 @@ def cells_of(request: CompareRequest, rows: Sequence[Row]) -> list[Cell]:
     return [
         Cell(row, layout, ratio, request.seed + turn)
         for ratio in request.ratios
-        for layout in request.layouts
+        for layout in layouts_of(request, rows)
         for row in rows
         for turn in range(SEEDS if row.settings.seeded else 1)
     ]
