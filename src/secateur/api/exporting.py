@@ -145,7 +145,7 @@ def _onnx(checkpoint: Checkpoint, path: Path, dtype: str, check: bool, told: Pro
     if dtype not in ("auto", "float32"):
         refuse("bad-dtype", f"dtype {dtype!r}", "ONNX graphs are written in float32", "leave it out")
     onnx.require_context(checkpoint.architecture)
-    model = checks.load_stock(checkpoint.folder.path, checkpoint.architecture.per_layer)
+    model = checks.load_stock(checkpoint.folder.path)
     expected = checks.reference(model, context_of(checkpoint)) if check else None
     onnx.write_onnx(model, checkpoint.architecture, path)
     told.step(1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.checkpoints import Folder
 from secateur.checkpoints.hub import locate
+from secateur.checkpoints.loading import load_model
 from secateur.cuts.gauge import estimate_savings
 from secateur.engine.prepare import (
     context_of,
@@ -21,7 +22,7 @@ from secateur.errors import refuse
 from secateur.families import LAYOUTS, Architecture, Family, Kind, Layout, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
-from secateur.families.stock import example_config, load_pretrained
+from secateur.families.stock import example_config
 from secateur.inference import family_text, inferred, open_checkpoint
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
@@ -151,6 +152,5 @@ def load(path: str | Path, **options: Any) -> nn.Module:
     Args:
         options: passed on to ``AutoModelForCausalLM.from_pretrained``.
     """
-    folder = Folder(Path(locate(str(path))))
-    model: nn.Module = load_pretrained(folder.path, folder.layers is not None, **options)
+    model: nn.Module = load_model(Folder(Path(locate(str(path)))), **options)
     return model

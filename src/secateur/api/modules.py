@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import nn
 
+from secateur.checkpoints import Folder
+from secateur.checkpoints.loading import load_model
 from secateur.families.stock import quiet_transformers
 
 Model = str | Path | nn.Module
@@ -71,8 +73,11 @@ def save_module(model: nn.Module, tokenizer: Any, folder: Path) -> Path:
 
 def load_as(model: nn.Module, folder: Path, inplace: bool) -> nn.Module:
     """What a run made of ``model``: of its class, data type and mode; with ``inplace`` the very module."""
+    dtype, written = next(model.parameters()).dtype, Folder(folder)
     with quiet_transformers():
-        made: nn.Module = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+        made: nn.Module = (
+            load_model(written, dtype=dtype) if written.is_packed else type(model).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
+        )
     made.train(model.training)
     if not inplace:
         return made

@@ -1,4 +1,4 @@
-"""``pack`` and ``unpack``: a sliced checkpoint as one smaller file, and back."""
+"""``pack`` and ``unpack``: a sliced checkpoint as one smaller file, one with zeros as a smaller folder, and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from secateur.api.outputs import passing_workplace, require_free
+from secateur.api.sparse import SPARSE, pack_sparse, unpack_sparse
 from secateur.archives.bitsback import FORMS, Content, Form, Saved, read, write
 from secateur.archives.container import Archive, Header
 from secateur.archives.stack import Stack, require_coder
 from secateur.checkpoints import Checkpoint, Folder, TensorWriter
 from secateur.checkpoints.checkpoint import EMBEDDING
-from secateur.checkpoints.folder import CONFIG, DTYPES, INDEX, RECORD, TensorHeader, read_json
+from secateur.checkpoints.folder import CONFIG, DTYPES, INDEX, PACKED_INDEX, RECORD, TensorHeader, read_json
 from secateur.checkpoints.hub import locate
 from secateur.cuts.gauge import FreeRotations
 from secateur.engine.prepare import context_of
@@ -44,21 +45,25 @@ def pack(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint whose stream was rotated and sliced as one file that does not spend bits on its basis.
+    """Write a checkpoint in fewer bytes: one whose stream was sliced as a file, one with zeros as a folder.
 
-    The file appears only after it was read back, tensor by tensor, and ``check`` found that the folder it gives
-    computes what the model computes.
+    The form ``sparse`` gives a folder in which every tensor takes the fewest bytes that its zeros allow, without
+    loss; evaluate, prune, ``secateur.load`` and the rest take it as any other. The other forms give one file that
+    does not spend bits on the basis of a stream that was rotated and sliced. Either appears only after it was read
+    back, tensor by tensor, and ``check`` found that the folder a file gives computes what the model computes.
 
     Args:
-        model: checkpoint folder or hub id of an output of ``slicegpt`` or ``bits_back``, in either layout.
-        output: the file to write.
-        form: ``triangular`` (the smaller) or ``square`` (the published code; per-layer outputs only).
-        check: compare the logits and greedy tokens of the folder that the file gives with those of the model.
+        model: checkpoint folder or hub id; for a file, of an output of ``slicegpt`` or ``bits_back`` in either layout.
+        output: the file or folder to write.
+        form: ``sparse``; ``triangular`` (the smaller file) or ``square`` (the published code; per-layer outputs only).
+        check: compare the logits and greedy tokens of the folder that a file gives with those of the model.
         force: move an existing output aside first.
         progress: told what happens.
 
     Returns:
-        ``output``, ``bytes``, ``form``, ``seconds``; ``folder_bytes``, and what the file is made of
+        ``output``, ``bytes``, ``form``, ``seconds``. Of ``sparse``: ``packed``, the ``bytes`` of the weight files,
+        ``dense_bytes``, ``bound_bytes`` (below which no code of zeros gets), and in ``forms`` the same for each kind of
+        storage. Of the others: ``folder_bytes``, and what the file is made of
         (``header_bytes``, ``files_bytes``, ``tensor_bytes``); ``bits`` (returned, corrections, signs, table, net);
         ``angles`` (free, coded, corrected); ``square_bytes`` and ``triangular_bytes`` of the tensors with shortcuts of
         either kind, and ``saving`` against both and against the folder; ``interfaces``, each one's figures; ``check``.
@@ -67,8 +72,10 @@ def pack(
         RequestError: the model's stream is in a basis that cannot be changed, or the coder is missing.
     """
     started, told, path = time.perf_counter(), progress or Silent(), Path(output)
+    if form == SPARSE:
+        return pack_sparse(model, path, force, told)
     if form not in FORMS:
-        refuse("bad-form", f"form {form!r}", "there is no such form", near(form, FORMS))
+        refuse("bad-form", f"form {form!r}", "there is no such form", near(form, (SPARSE, *FORMS)))
     wanted: Form = FORMS[FORMS.index(form)]
     require_free(path, force)
     require_coder()
@@ -113,21 +120,24 @@ def pack(
 def unpack(
     archive: str | Path, output: str | Path, *, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Write the checkpoint folder that a file of ``pack`` holds; it loads as any other in its layout.
+    """Write the checkpoint folder that ``pack``, or a prune with a format, packed; it loads as any other in its layout.
 
     Args:
-        archive: the file.
+        archive: the file or folder.
         output: folder to write.
         force: move an existing output aside first.
         progress: told what happens.
 
     Returns:
-        ``output``, ``form``, ``bytes`` (of all its files), ``tensors`` and ``seconds``.
+        ``output``, ``form``, ``bytes`` (of all its files; of its weight files where a folder was packed, beside
+        ``packed_bytes``), ``tensors`` and ``seconds``.
 
     Raises:
         RequestError: no such file, a damaged one, or the coder is missing; nothing is written.
     """
     started, told, path = time.perf_counter(), progress or Silent(), Path(output)
+    if Path(archive).is_dir():
+        return unpack_sparse(Path(archive), path, force, told)
     require_free(path, force)
     require_coder()
     source = Archive.load(Path(archive))
@@ -181,7 +191,7 @@ def _content(checkpoint: Checkpoint) -> Content:
 
 def _companions(folder: Folder) -> tuple[bytes, list[tuple[str, int]], dict[str, str]]:
     """Files that travel with the weights: the content of all but those in the clear, their names, and those."""
-    weights = {*folder.files, INDEX}
+    weights = {*folder.files, INDEX, PACKED_INDEX}
     contents, files, clear = [], [], {}
     for path in sorted(folder.path.rglob("*")):
         name = path.relative_to(folder.path).as_posix()
@@ -255,9 +265,9 @@ def _store(checkpoint: Checkpoint, writer: TensorWriter, tensors: Mapping[str, T
 
 def _compare(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """Hold the folder that came out of the archive against the model that went in."""
-    layered, context = checkpoint.architecture.per_layer, context_of(checkpoint)
-    expected = checks.reference(checks.load_stock(checkpoint.folder.path, layered), context)
-    found = checks.reference(checks.load_stock(folder, layered), context)
+    context = context_of(checkpoint)
+    expected = checks.reference(checks.load_stock(checkpoint.folder.path), context)
+    found = checks.reference(checks.load_stock(folder), context)
     stored = {str(DTYPES[dtype]).removeprefix("torch.") for dtype in checkpoint.dtypes.values()}
     tolerance = max(checks.TOLERANCE.get(name, checks.TOLERANCE["float32"]) for name in stored)
     ran = checks.Ran("unpacked", found.logits, found.generated)

@@ -15,6 +15,7 @@ from secateur.engine.prepare import (
     budget_for,
     choose_method,
     context_of,
+    require_format,
     require_layout,
     require_target,
     resolve_device,
@@ -84,6 +85,7 @@ def preview(
 
 def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> dict[str, Any]:
     require_target(request, method)
+    require_format(request)
     require_layout(request, checkpoint)
     budget = budget_for(request, checkpoint, resolve_device(request.device))
     costs, dense = budget.costs, budget.sizes
@@ -94,7 +96,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "params": costs.params(after),
         "params_before": costs.params(dense),
         "bytes": costs.bytes(after),
-        "bytes_before": costs.bytes(dense),
+        "bytes_before": checkpoint.folder.bytes,
         "flops_per_token": costs.flops(after),
         "flops_per_token_before": costs.flops(dense),
         "kv_bytes_per_token": costs.kv_bytes(after),
@@ -108,7 +110,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     return {
         "method": method.name,
         "needs_data": method.data != "none",
-        "output_kind": worth(method.output, request.layout),
+        "output_kind": worth(method.output, request.layout, request.format),
         "sizes": sizes,
         "foreseen": request.is_copy or method.foresees(budget),
         "achieved": achieved,

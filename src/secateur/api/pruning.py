@@ -17,6 +17,7 @@ from secateur.api.outputs import achieved_of, require_output, require_text, work
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
 from secateur.engine.journal import work_folder
+from secateur.engine.packing import loads_packed
 from secateur.engine.prepare import Prepared, prepare
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
@@ -35,7 +36,8 @@ from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
 class PruneResult:
     """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
 
-    ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML.
+    ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML, ``packed`` the bytes of
+    a packed output by the kind of storage.
     """
 
     method: str
@@ -48,11 +50,13 @@ class PruneResult:
     layout: str
     loads_in: dict[str, str]
     seed: int
+    packed: dict[str, Any] | None = None
     recipe: str = field(default="", repr=False)
     model: nn.Module | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("recipe", "model")}
+        left_out = ("recipe", "model", *(["packed"] if self.packed is None else []))
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 def prune(
@@ -105,13 +109,14 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
         prepared = prepare(request, partial(open_checkpoint, note=progress.note))
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
+        progress.note(f"{prepared.method.name}: {_worth(prepared)}")
         with workplace(output, [prepared.checkpoint]):
             parts = (
                 _copy(prepared, output, progress)
                 if request.is_copy
                 else _cut(prepared, output, named, recipe, progress, started, memory)
             )
-    achieved, figures, loads_in = parts
+    achieved, figures, loads_in, packed = parts
     return PruneResult(
         method=prepared.method.name,
         requested=requested(prepared),
@@ -123,11 +128,12 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
         layout=request.layout,
         loads_in=loads_in,
         seed=request.seed,
+        packed=packed,
         recipe=recipe,
     )
 
 
-Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str]]
+Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str], dict[str, Any] | None]
 
 
 def _cut(
@@ -157,13 +163,13 @@ def _cut(
         "peak of the control group": "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
         "device": str(prepared.device),
         "compute type": str(prepared.dtype).removeprefix("torch."),
-        "output": worth(prepared.method.output, prepared.request.layout),
+        "output": _worth(prepared),
     }
     parts = (count_parts(prepared.checkpoint), count_parts(result))
     name = prepared.request.model if named else "a module in memory"
     write_report(run.result, PruneFacts(name, record, plan, achieved, parts, recipe, figures, speed, facts))
     run.publish()
-    return achieved, figures, record["loads_in"]
+    return achieved, figures, record["loads_in"], record.get("packed")
 
 
 def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
@@ -180,7 +186,15 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
         value = perplexity(checkpoint, text, prepared.dtype, prepared.device)
         figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
     publish(copy, output, progress)
-    return achieved_of(checkpoint, checkpoint), figures, {"transformers": f"verified({transformers.__version__})"}
+    loads = {"transformers": f"verified({transformers.__version__})"}
+    loads = loads_packed(loads) if checkpoint.folder.is_packed else loads
+    return achieved_of(checkpoint, checkpoint), figures, loads, None
+
+
+def _worth(prepared: Prepared) -> str:
+    """What the output will be worth; known before any work."""
+    request = prepared.request
+    return worth(prepared.method.output, request.layout, request.format)
 
 
 def _text(prepared: Prepared) -> Text | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
-from secateur.checkpoints.folder import INDEX
+from secateur.checkpoints.folder import INDEX, PACKED_INDEX
 
 _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors", ".onnx", ".gguf")
 CARD: Final = "README.md"
@@ -49,7 +49,7 @@ def copy_companions(source: Path, target: Path, own: Collection[Path], whole: Co
     left: list[str] = []
 
     def wanted(path: Path) -> bool:
-        if path.resolve() in own or path.name == INDEX or path.name.startswith(".git"):
+        if path.resolve() in own or path.name in (INDEX, PACKED_INDEX) or path.name.startswith(".git"):
             return False
         if path.is_dir() or path.suffix not in _OTHER_WEIGHTS or path.relative_to(source).parts[0] in whole:
             return True

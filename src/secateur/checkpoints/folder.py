@@ -5,59 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from secateur.checkpoints.headers import DTYPES as DTYPES
+from secateur.checkpoints.headers import WEIGHT_DTYPES as WEIGHT_DTYPES
+from secateur.checkpoints.headers import FileHeader
+from secateur.checkpoints.headers import TensorHeader as TensorHeader
+from secateur.checkpoints.packed import (
+    MODEL,
+    PACKED,
+    Stored,
+    dense_tensors,
+    packed_tensors,
+    plain_file_name,
+    read_stored,
+)
 from secateur.errors import near, refuse
 from secateur.families import Sizes
-from secateur.families.packing import Shape
 from secateur.families.resizing import sizes_of
 
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-WEIGHT_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = ".safetensors"
+_INDEX: Final = ".safetensors.index.json"
+INDEX: Final = MODEL + _INDEX
+PACKED_INDEX: Final = PACKED + _INDEX
 CONFIG: Final = "config.json"
 RECORD: Final = "secateur.json"
 _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _MAX_JSON: Final = 64 * 2**20  # bytes; no honest config or index comes near
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says of one tensor."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: Shape
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,8 +56,14 @@ def read_json(path: Path) -> dict[str, Any]:
 class Folder:
     """The files of a checkpoint, opened for reading one tensor at a time.
 
+    Packed weight files are unpacked on the way: names, files, data types, shapes and values are those of the
+    checkpoint that was packed. Where both kinds are there, the dense files count, as for transformers.
+
     Args:
         path: the folder.
+
+    Attributes:
+        is_packed: whether its weight files are packed.
 
     Raises:
         RequestError: the folder is missing, is no language-model checkpoint Secateur can read, or is damaged.
@@ -94,6 +79,9 @@ class Folder:
         self.config = read_json(path / CONFIG)
         _refuse_unsupported(self.config)
         self.layers = self._layers()
+        dense = any((path / name).is_file() for name in (INDEX, MODEL + _SINGLE))
+        self.is_packed = not dense and any((path / name).is_file() for name in (PACKED_INDEX, PACKED + _SINGLE))
+        self._kind = PACKED if self.is_packed else MODEL
         self.weight_map = self._weight_files()
 
     def _layers(self) -> Sizes | None:
@@ -111,17 +99,18 @@ class Folder:
 
     def _weight_files(self) -> dict[str, str] | None:
         """File of every tensor as the index says; None for a single file."""
-        if (self.path / INDEX).is_file():
-            weight_map = read_json(self.path / INDEX).get("weight_map")
+        index = self._kind + _INDEX
+        if (self.path / index).is_file():
+            weight_map = read_json(self.path / index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                refuse("bad-index", INDEX, "no weight_map in it", "fetch the checkpoint again")
-            for name in set(weight_map.values()):
-                if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-                    refuse("bad-index", INDEX, f"file name {name!r} leaves the folder")
+                refuse("bad-index", index, "no weight_map in it", "fetch the checkpoint again")
+            for name in sorted(map(str, weight_map.values())):
+                if not plain_file_name(name):
+                    refuse("bad-index", index, f"file name {name!r} leaves the folder")
                 if not (self.path / name).is_file():
-                    refuse("missing-file", INDEX, f"{name} is not in the folder", "fetch the checkpoint again")
+                    refuse("missing-file", index, f"{name} is not in the folder", "fetch the checkpoint again")
             return weight_map
-        if (self.path / "model.safetensors").is_file():
+        if (self.path / (self._kind + _SINGLE)).is_file():
             return None
         pickles = sorted(p.name for pattern in _PICKLES for p in self.path.glob(pattern))
         if pickles:
@@ -136,31 +125,40 @@ class Folder:
     @property
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
-        return ["model.safetensors"] if self.weight_map is None else sorted(set(self.weight_map.values()))
+        return [self._kind + _SINGLE] if self.weight_map is None else sorted(set(self.weight_map.values()))
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """How every tensor is stored, by its name, in the order of the files."""
+        found: dict[str, Stored] = {}
+        for file in self.files:
+            with self._open(file) as handle:
+                there = packed_tensors(handle, file) if self.is_packed else dense_tensors(handle, file)
+            mapped = self.weight_map
+            found.update((name, s) for name, s in there.items() if mapped is None or mapped.get(name) == file)
+        absent = set(self.weight_map or ()) - set(found)
+        if absent:
+            refuse("missing-tensor", self._kind + _INDEX, f"{min(absent)} is in the index but in no file")
+        return found
 
     @cached_property
     def headers(self) -> dict[str, TensorHeader]:
-        """Header of every tensor, by its name on disk, in the order of the files."""
-        found: dict[str, TensorHeader] = {}
-        for file in self.files:
-            with self._open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                    if self.weight_map is not None and self.weight_map.get(name) != file:
-                        continue
-                    view = handle.get_slice(name)
-                    dtype = view.get_dtype()
-                    if dtype not in DTYPES:
-                        refuse("dtype", f"tensor {name}", f"data type {dtype}", "dequantise the checkpoint first")
-                    found[name] = TensorHeader(name, file, dtype, tuple(view.get_shape()))
-        absent = set(self.weight_map or ()) - set(found)
-        if absent:
-            refuse("missing-tensor", INDEX, f"{min(absent)} is in the index but in no file")
-        return found
+        """Header of every tensor, by its name, in the order of the files."""
+        return {name: stored.header for name, stored in self.stored.items()}
 
     @property
     def bytes(self) -> int:
         """Size of all weight files."""
         return sum((self.path / name).stat().st_size for name in self.files)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Size that all weight files have, or would have if they were not packed."""
+        if not self.is_packed:
+            return self.bytes
+        files = {header.file for header in self.headers.values()}
+        members = [[h for h in self.headers.values() if h.file == file] for file in files]
+        return sum(FileHeader.of(group).bytes for group in members)
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -178,16 +176,16 @@ class Folder:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by name on disk; files are opened once each and closed again at the end."""
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[str, list[Stored]] = {}
         for name in names:
-            header = self.headers.get(name)
-            if header is None:
+            stored = self.stored.get(name)
+            if stored is None:
                 refuse("missing-tensor", f"tensor {name}", "it is in no file", near(name, self.headers))
-            by_file.setdefault(header.file, []).append(name)
+            by_file.setdefault(stored.file, []).append(stored)
         for file, members in by_file.items():
             with self._open(file) as handle:
-                for name in members:
-                    yield name, handle.get_tensor(name)
+                for stored in members:
+                    yield stored.header.name, read_stored(handle, stored)
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import DTYPES, INDEX, TensorHeader
+from secateur.checkpoints.headers import FileHeader
 from secateur.errors import InternalError
 
 _CHUNK: Final = 2**24  # bytes
@@ -33,7 +34,7 @@ class _Slot:
 
     @property
     def bytes(self) -> int:
-        return self.header.elements * self.header.itemsize
+        return self.header.bytes
 
 
 class TensorWriter:
@@ -43,9 +44,16 @@ class TensorWriter:
         folder: where they go; made when absent.
         headers: name, file, data type and shape of every tensor to come.
         index: whether files of other names than the single one are listed in an index.
+        metadata: of every file, strings by name.
     """
 
-    def __init__(self, folder: Path, headers: Iterable[TensorHeader], index: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        headers: Iterable[TensorHeader],
+        index: bool = True,
+        metadata: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._slots: dict[str, _Slot] = {}
@@ -53,36 +61,21 @@ class TensorWriter:
         for header in headers:
             by_file.setdefault(header.file, []).append(header)
         for file, members in sorted(by_file.items()):
-            self._prepare(folder / file, members)
+            self._prepare(folder / file, members, (metadata or {}).get(file))
         if index and list(by_file) != ["model.safetensors"]:
             weight_map = {name: slot.header.file for name, slot in sorted(self._slots.items())}
             total = sum(slot.bytes for slot in self._slots.values())
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    def _prepare(self, path: Path, members: list[TensorHeader]) -> None:
-        content: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        ordered = sorted(members, key=lambda h: (-h.itemsize, h.name))
-        for header in ordered:
-            end = position + header.elements * header.itemsize
-            content[header.name] = {
-                "dtype": header.dtype,
-                "shape": list(header.shape),
-                "data_offsets": [position, end],
-            }
-            position = end
-        text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        position = 0
-        for header in ordered:
-            self._slots[header.name] = _Slot(path, start + position, header)
-            position += header.elements * header.itemsize
+    def _prepare(self, path: Path, members: list[TensorHeader], metadata: Mapping[str, str] | None) -> None:
+        start = FileHeader.of(members, metadata)
+        for header in members:
+            self._slots[header.name] = _Slot(path, start.offsets[header.name], header)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            os.ftruncate(descriptor, start + position)
-            os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+            os.ftruncate(descriptor, start.bytes)
+            os.pwrite(descriptor, start.text, 0)
         finally:
             os.close(descriptor)
 

@@ -179,29 +179,33 @@ def export(
 @app.command()
 def pack(
     model: ModelArg,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="the archive, e.g. small.bitsback")],
-    form: Annotated[str, typer.Option("--form", help="triangular, or square as published")] = "triangular",
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="the archive, e.g. small.bitsback; of sparse, a folder")
+    ],
+    form: Annotated[
+        str, typer.Option("--form", help="sparse (zeros take no bytes); of sliced models triangular or square")
+    ] = "triangular",
     no_check: Annotated[bool, typer.Option("--no-check", help="do not run what comes out of the archive")] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write MODEL, whose stream was sliced, as one file that spends no bits on its basis."""
+    """Write MODEL in fewer bytes: its zeros (--form sparse), or as one file the basis of a sliced stream."""
     from secateur import api
-    from secateur.cli.console import ConsoleProgress, show_pack
+    from secateur.cli.console import ConsoleProgress, show_pack, show_packed
 
     with ConsoleProgress() as progress:
         result = api.pack(model, output, form=form, check=not no_check, force=force, progress=progress)
-    _show(result, as_json, show_pack)
+    _show(result, as_json, show_packed if "packed" in result else show_pack)
 
 
 @app.command()
 def unpack(
-    archive: Annotated[str, typer.Argument(metavar="FILE", help="what secateur pack wrote")],
+    archive: Annotated[str, typer.Argument(metavar="PACKED", help="file or folder that is packed")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the checkpoint folder that an archive holds."""
+    """Write the checkpoint folder that an archive or a packed folder holds."""
     from secateur import api
     from secateur.cli.console import ConsoleProgress, show_unpack
 

@@ -96,6 +96,8 @@ def _counts(achieved: dict[str, Any]) -> Table:
 
 def show_prune(result: dict[str, Any]) -> None:
     _out.print(_counts(result["achieved"]))
+    if "packed" in result:
+        _out.print(_forms(result["packed"]))
     figures = result["perplexity"]
     if figures is not None:
         _out.print(
@@ -245,6 +247,22 @@ _PACKED = {
     "files_bytes": "other files in the archive",
     "header_bytes": "header of the archive",
 }
+
+
+def show_packed(result: dict[str, Any]) -> None:
+    _out.print(_forms(result["packed"]))
+    _out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
+
+
+def _forms(packed: dict[str, Any]) -> Table:
+    """Bytes by the kind of storage, beside the dense ones and the bound."""
+    table = _table("stored as", "tensors", "bytes", "dense bytes", "bound")
+    for form, facts in packed["forms"].items():
+        table.add_row(form, *(f"{facts[key]:,}" for key in ("tensors", "bytes", "dense_bytes", "bound_bytes")))
+    tensors = sum(facts["tensors"] for facts in packed["forms"].values())
+    numbers = (tensors, packed["bytes"], packed["dense_bytes"], packed["bound_bytes"])
+    table.add_row("files", *(f"{number:,}" for number in numbers))
+    return table
 
 
 def show_unpack(result: dict[str, Any]) -> None:

@@ -35,6 +35,9 @@ FieldOption = Annotated[
 ]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="option of the method")]
 LayoutOption = Annotated[str | None, typer.Option("--layout", help="native or per-layer [default: native]")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="dense, or bitmask: zeros take no bytes [default: dense]")
+]
 TextOption = Annotated[str | None, typer.Option("--text", help="held-out text for the perplexity")]
 TextsOption = Annotated[
     list[str] | None, typer.Option("--text", help="held-out text for the perplexity; may be given several times")
@@ -73,6 +76,7 @@ PRUNE: Final[Options] = {
     **_DATA,
     "set_": SetOption,
     "layout": LayoutOption,
+    "format": FormatOption,
     **_MEASURE,
     **_SIZES,
     **_MACHINE,

@@ -55,7 +55,7 @@ def costs_of(checkpoint: Checkpoint) -> Costs:
     repeats_head = checkpoint.repeated_head is not None
     described = Costs(architecture, itemsizes, repeats_head=repeats_head)
     unmapped = sum(torch.Size(shape).numel() for shape in architecture.unmapped.values())
-    rest = checkpoint.folder.bytes - described.bytes(architecture.sizes)
+    rest = checkpoint.folder.dense_bytes - described.bytes(architecture.sizes)
     return Costs(architecture, itemsizes, rest, unmapped, repeats_head)
 
 
@@ -99,6 +99,13 @@ def require_target(request: PruneRequest, method: Method) -> None:
         refuse("no-target", "a prune without a size", "neither --ratio nor --target is given", "e.g. --ratio 0.3")
 
 
+def require_format(request: PruneRequest) -> None:
+    """Refuse to pack what is copied byte for byte."""
+    if request.is_copy and request.format != "dense":
+        hint = "secateur pack MODEL -o OUT --form sparse"
+        refuse("format", f"format {request.format} of ratio 0", "nothing is cut: the folder is copied as it is", hint)
+
+
 def require_layout(request: PruneRequest, checkpoint: Checkpoint) -> None:
     """Refuse to write a model whose layers differ as one whose layers do not."""
     if checkpoint.architecture.per_layer and request.layout == "native" and not request.is_copy:
@@ -135,6 +142,7 @@ def prepare(request: PruneRequest, opener: Callable[[Path], Checkpoint] = Checkp
     """
     method = choose_method(request)
     require_target(request, method)
+    require_format(request)
     device = resolve_device(request.device)
     checkpoint = opener(Path(locate(request.model)))
     require_layout(request, checkpoint)

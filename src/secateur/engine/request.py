@@ -13,6 +13,8 @@ from secateur.budgets import Target, parse_target, ratio_target
 from secateur.errors import refuse, validated
 from secateur.families import Layout
 
+Format = Literal["dense", "bitmask"]
+"""How weights are written: as they are, or each tensor in the fewest bytes that its zeros allow."""
 ComputeType = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
@@ -46,6 +48,7 @@ class PruneRequest(Request):
     layout: Layout = "native"
     quantum: int | None = Field(None, ge=1)
     tolerance: float | None = Field(None, ge=0)
+    format: Format = "dense"
 
     @property
     def targets(self) -> tuple[Target, ...]:

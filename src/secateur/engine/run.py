@@ -16,6 +16,7 @@ from secateur.checkpoints.companions import copy_companions
 from secateur.checkpoints.folder import CONFIG, RECORD
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.journal import Journal, work_folder
+from secateur.engine.packing import packed_result
 from secateur.engine.planning import Planning
 from secateur.engine.prepare import Prepared
 from secateur.engine.progress import Progress
@@ -98,6 +99,7 @@ class Run:
             "data": None if self.windows is None else self.windows.record(),
             **({"texts": {name: text.record() for name, text in self.texts.items()}} if self.texts else {}),
             "layout": request.layout,
+            "format": request.format,
             "quantum": request.quantum,
             "tolerance": request.tolerance,
             "device": self.prepared.device.type,
@@ -154,6 +156,8 @@ class Run:
             self.journal.add("verified", transformers=version)
         record = self._record(plan, target, layout, digests, left_behind)
         (self.result / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self.prepared.request.format == "bitmask":
+            self.result, record = packed_result(self.result, self.work / "packed", self.journal, self.progress)
         return record
 
     def _copy_companions(self, target: Architecture) -> list[str]:
@@ -209,6 +213,7 @@ def requested(prepared: Prepared) -> dict[str, Any]:
         "options": prepared.method.model_dump(mode="json"),
         "quantum": request.quantum,
         "layout": request.layout,
+        "format": request.format,
         "seed": request.seed,
     }
 

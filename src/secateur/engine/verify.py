@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint, Folder, TensorWriter
+from secateur.checkpoints.loading import load_model
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.prepare import context_of
 from secateur.errors import InternalError
 from secateur.families import Architecture
-from secateur.families.stock import load_pretrained, typed
+from secateur.families.stock import typed
 from secateur.plans import Plan
 
 WHOLE_MODEL = 2**30
@@ -80,13 +81,7 @@ def _require_close(what: str, expected: Tensor, found: Tensor) -> None:
 
 
 def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: torch.dtype) -> None:
-    model, info = load_pretrained(
-        written.folder.path,
-        written.architecture.per_layer,
-        **typed(dtype),
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    model, info = load_model(written.folder, **typed(dtype), output_loading_info=True, local_files_only=True)
     travelling = {header.name for header in written.passthrough}
     wrong: dict[str, Any] = {
         "missing": set(info["missing_keys"]),

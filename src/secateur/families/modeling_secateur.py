@@ -249,4 +249,5 @@ class SecateurForCausalLM:
         ]
         stock = AutoModelForCausalLM._model_mapping[type(config)]
         kwargs.pop("trust_remote_code", None)
-        return resized_class(stock, record).from_pretrained(folder, *args, config=uniform_config(config), **kwargs)
+        weights = folder if kwargs.get("state_dict") is None else None  # the stock class takes one of the two
+        return resized_class(stock, record).from_pretrained(weights, *args, config=uniform_config(config), **kwargs)

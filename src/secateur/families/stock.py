@@ -17,6 +17,7 @@ from secateur.errors import refuse
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
+GENERATION = "generation_config.json"
 PER_LAYER_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 """What a configuration says of layers that differ."""
 
@@ -122,14 +123,25 @@ def load_pretrained(folder: Path, per_layer: bool, **options: Any) -> Any:
     """The model in a folder as transformers loads it, with the bundled modelling file where layers differ.
 
     Args:
-        options: of ``from_pretrained``.
+        options: of ``from_pretrained``; with a ``state_dict``, no weights are read from the folder.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from secateur.families.modeling_secateur import SecateurForCausalLM
 
     with quiet_transformers():
-        return (SecateurForCausalLM if per_layer else AutoModelForCausalLM).from_pretrained(folder, **options)
+        if "state_dict" not in options:
+            return (SecateurForCausalLM if per_layer else AutoModelForCausalLM).from_pretrained(folder, **options)
+        config = options.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if per_layer:
+            made = SecateurForCausalLM.from_pretrained(folder, config=config, **options)
+        else:
+            made = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(None, config=config, **options)
+        model = made[0] if isinstance(made, tuple) else made  # with what was found wrong, where that was asked for
+        model.name_or_path = str(folder)
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return made
 
 
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from secateur.checkpoints import Checkpoint
+from secateur.checkpoints.loading import load_model
 from secateur.data.sources import read_text
 from secateur.data.windows import encode, load_tokenizer
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.prepare import LONGEST_WINDOW, context_of
 from secateur.errors import refuse
-from secateur.families.stock import load_pretrained, typed
+from secateur.families.stock import typed
 from secateur.meters.memory import available_bytes
 
 Logits = Callable[[Tensor], Tensor]
@@ -94,9 +95,7 @@ def perplexity(
 
 def load_stock(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """The model as transformers loads it."""
-    model: torch.nn.Module = load_pretrained(
-        checkpoint.folder.path, checkpoint.architecture.per_layer, **typed(dtype), local_files_only=True
-    )
+    model: torch.nn.Module = load_model(checkpoint.folder, **typed(dtype), local_files_only=True)
     return model.to(device).eval()
 
 

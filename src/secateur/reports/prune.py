@@ -102,6 +102,14 @@ def _parts_table(before: dict[str, int], after: dict[str, int]) -> Table:
     return Table(["part", "before", "after", "kept"], rows, "Parameters of each part")
 
 
+def forms_table(packed: dict[str, Any]) -> Table:
+    """Bytes of a packed output by the kind of storage, beside the dense ones and the bound."""
+    keys = ("tensors", "bytes", "dense_bytes", "bound_bytes")
+    rows = [[form, *(f"{facts[key]:,}" for key in keys)] for form, facts in packed["forms"].items()]
+    rows.append(["files", "", *(f"{packed[key]:,}" for key in keys[1:])])
+    return Table(["stored as", "tensors", "bytes", "dense bytes", "bound"], rows, "Bytes of the packed weights")
+
+
 def _wanted(record: dict[str, Any]) -> str:
     asked = record["requested"]
     return (
@@ -128,6 +136,12 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
         loading = (
             'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the '
             'modelling file in this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
+        )
+    if "packed" in record:
+        loading = (
+            'Its weights are packed (`packed*.safetensors`): `secateur.load(".")` loads them, and '
+            "`secateur unpack . -o OUT` writes them as `model*.safetensors`.\n\n"
+            f"Unpacked: {loading[0].lower()}{loading[1:]}"
         )
     gone = "zero" if "nonzero" in achieved else "gone"
     text = f"""---
@@ -254,9 +268,12 @@ def describe(facts: PruneFacts) -> Document:
     hashes = [["plan", record["plan_sha256"]]]
     if data is not None:
         hashes.insert(0, ["calibration text", data["sha256"]])
+    sizes: list[Part] = [counts_table(achieved), _parts_table(*facts.parts), sizes_table(record), _widths(facts)]
+    if "packed" in record:
+        sizes.insert(1, forms_table(record["packed"]))
     sections = [
         _request(facts),
-        Section("Sizes", [counts_table(achieved), _parts_table(*facts.parts), sizes_table(record), _widths(facts)]),
+        Section("Sizes", sizes),
         _quality(facts),
         *_method(facts),
         *closing(record, facts.run, Table(["of", "value"], hashes, "What the result follows from", numbers=False)),

@@ -13,8 +13,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from secateur.checkpoints import Folder
+from secateur.checkpoints.loading import load_model
 from secateur.errors import InternalError
-from secateur.families.stock import load_pretrained
 
 _PROMPT, _GENERATED = 48, 16
 TOLERANCE: Final = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
@@ -72,13 +73,9 @@ class Outcome:
         return asdict(self)
 
 
-def load_stock(folder: Path, per_layer: bool = False) -> Any:
-    """The model of a folder in float32, ready to run.
-
-    Args:
-        per_layer: whether it is in the per-layer layout.
-    """
-    model = load_pretrained(folder, per_layer, dtype=torch.float32, local_files_only=True)
+def load_stock(folder: Path) -> Any:
+    """The model of a folder in float32, ready to run."""
+    model = load_model(Folder(folder), dtype=torch.float32, local_files_only=True)
     return model.eval().requires_grad_(False)
 
 
