@@ -28,6 +28,7 @@ from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
 from secateur.meters.tasks import Tasks
 from secateur.methods.registry import describe_method, method_names
+from secateur.runtimes.semi_structured import PATTERN, require_device, run_sparse
 from secateur.spaces import KINDS, all_spaces
 
 
@@ -146,11 +147,24 @@ def _write_family(path: Path, family: Family) -> None:
     path.write_text(family_text(family), encoding="utf-8")
 
 
-def load(path: str | Path, **options: Any) -> nn.Module:
-    """Load a checkpoint that Secateur wrote (or any other) as transformers does; no remote code is needed.
+def load(path: str | Path, *, sparse: str | None = None, **options: Any) -> nn.Module:
+    """Load a checkpoint that Secateur wrote (or any other), packed or not; no remote code is needed.
 
     Args:
+        sparse: ``"2:4"`` moves the model to the GPU and lets it skip the zeros of every linear layer that has that
+            pattern, for inference.
         options: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        RequestError: no such model; with ``sparse``, no GPU that can skip zeros, or no layer with that pattern.
     """
-    model: nn.Module = load_model(Folder(Path(locate(str(path)))), **options)
-    return model
+    if sparse is None:
+        model: nn.Module = load_model(Folder(Path(locate(str(path)))), **options)
+        return model
+    if sparse != PATTERN:
+        refuse("bad-sparse", f"sparse={sparse!r}", "no machine skips zeros in that pattern", f"sparse={PATTERN!r}")
+    where = resolve_device("auto")
+    require_device(where)
+    model = load(path, **options)
+    run_sparse(model, where)
+    return model.eval()

@@ -252,6 +252,24 @@ def measure(bits: Bits, shape: tuple[int, ...], spare: int = 0) -> tuple[Form | 
     return (best if size(best) + spare < bits.nbytes else None), nonzeros
 
 
+def foreseen(elements: int, nonzeros: int, itemsize: int, pattern: tuple[int, Group] | None = None) -> int:
+    """Bytes that a tensor will take, its zeros spread at random, or N of every M left; gaps are their mean.
+
+    Args:
+        pattern: N and M.
+    """
+    sizes = [elements * itemsize, nonzeros * itemsize + -(-elements // 8)]
+    if pattern is not None:
+        groups = elements // pattern[1]
+        sizes.append(groups * pattern[0] * itemsize + pattern_bytes(groups, *pattern))
+    zero = 1 - nonzeros / max(1, elements)
+    for width in WIDTHS:
+        long = (1 << width) - 1
+        codes = nonzeros / (1 - zero**long) if nonzeros else elements / long
+        sizes.append(nonzeros * itemsize + int(width * codes / 8))
+    return min(sizes)
+
+
 def bound(form: Form | None, elements: int, nonzeros: int, itemsize: int) -> float:
     """Bytes below which no code of zeros gets: the values, and log2 of the number of ways to place them.
 

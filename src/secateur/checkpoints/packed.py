@@ -66,6 +66,8 @@ def bits_of(tensor: Tensor) -> Bits:
 
 def tensor_of(bits: Bits, dtype: torch.dtype) -> Tensor:
     """The inverse of ``bits_of``."""
+    if not len(bits):  # arrays without elements may have strides that torch does not take
+        return torch.empty(0, dtype=dtype)
     return torch.from_numpy(bits.view(f"i{bits.itemsize}")).view(dtype)
 
 
