@@ -109,7 +109,7 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
         prepared = prepare(request, partial(open_checkpoint, note=progress.note))
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
-        progress.note(f"{prepared.method.name}: {_worth(prepared)}")
+        progress.note(f"method {prepared.method.name}, output {_worth(prepared)}")
         with workplace(output, [prepared.checkpoint]):
             parts = (
                 _copy(prepared, output, progress)

@@ -7,25 +7,31 @@ one number in base C(M, N).
 
 from __future__ import annotations
 
+from functools import cache
 from math import comb, log2
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-_FIELDS = 2**15  # packed at a time; a multiple of 8, so that a piece ends with a whole byte
+_FIELDS = 2**16  # worked on at a time; a multiple of 8, so that a piece ends with a whole byte
+_TABLE = 2**16  # patterns of which a table is made
 _WIDEST = 63  # bits of a field
 
 
 def pack_fields(values: NDArray[np.generic], width: int) -> Bytes:
     """Unsigned integers below 2^width one after the other, the highest bit first; the last byte is filled with 0."""
-    size = -(-width // 8)
-    pieces = []
+    found = np.empty(-(-len(values) // 8) * width, np.uint8)  # eight fields fill ``width`` bytes
     for start in range(0, len(values), _FIELDS):
-        wide = values[start : start + _FIELDS].astype(f">u{_room(size)}")
-        bits = np.unpackbits(wide.view(np.uint8).reshape(len(wide), -1), axis=1)
-        pieces.append(np.packbits(bits[:, -width:]))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
+        piece = values[start : start + _FIELDS]
+        wide = np.zeros((-(-len(piece) // 8), 8), np.uint64)
+        wide.reshape(-1)[: len(piece)] = piece
+        rows = np.zeros((len(wide), width), np.uint8)
+        for field, byte, shift in _overlaps(width):
+            part = wide[:, field] >> np.uint64(shift) if shift >= 0 else wide[:, field] << np.uint64(-shift)
+            rows[:, byte] |= part.astype(np.uint8)
+        found[start // 8 * width :][: rows.size] = rows.reshape(-1)
+    return found[: field_bytes(len(values), width)]
 
 
 def unpack_fields(packed: Bytes, width: int, count: int) -> NDArray[np.uint64]:
@@ -38,25 +44,32 @@ def unpack_fields(packed: Bytes, width: int, count: int) -> NDArray[np.uint64]:
         raise ValueError(f"{len(packed)} bytes for {count} fields of {width} bits")
     if (spare := len(packed) * 8 - count * width) and packed[-1] & ((1 << spare) - 1):
         raise ValueError("bits behind the last field")
-    found = np.empty(count, np.uint64)
-    room = _room(-(-width // 8))
+    found, mask = np.empty(count, np.uint64), np.uint64((1 << width) - 1)
     for start in range(0, count, _FIELDS):
         number = min(_FIELDS, count - start)
-        piece = packed[start * width // 8 :][: field_bytes(number, width)]
-        bits = np.zeros((number, room * 8), np.uint8)
-        bits[:, -width:] = np.unpackbits(piece, count=number * width).reshape(number, width)
-        found[start : start + number] = np.packbits(bits, axis=1).view(f">u{room}")[:, 0]
+        rows = np.zeros((-(-number // 8), width), np.uint8)
+        piece = packed[start // 8 * width :][: rows.size]
+        rows.reshape(-1)[: len(piece)] = piece
+        wide = np.zeros((len(rows), 8), np.uint64)
+        for field, byte, shift in _overlaps(width):
+            part = rows[:, byte].astype(np.uint64)
+            wide[:, field] |= part << np.uint64(shift) if shift >= 0 else part >> np.uint64(-shift)
+        found[start : start + number] = (wide & mask).reshape(-1)[:number]
     return found
+
+
+def _overlaps(width: int) -> list[tuple[int, int, int]]:
+    """Which of eight fields shares bits with which of their bytes, and by how much the byte is higher in the field."""
+    return [
+        (field, byte, (field + 1) * width - (byte + 1) * 8)
+        for field in range(8)
+        for byte in range(field * width // 8, -(-(field + 1) * width // 8))
+    ]
 
 
 def field_bytes(count: int, width: int) -> int:
     """Bytes of ``count`` fields."""
     return -(-count * width // 8)
-
-
-def _room(size: int) -> int:
-    """The bytes of the narrowest integer type that holds ``size`` bytes."""
-    return 1 << (size - 1).bit_length()
 
 
 def digits_of(base: int) -> tuple[int, int]:
@@ -94,6 +107,18 @@ def unrank(numbers: NDArray[np.uint64], keep: int, of: int) -> NDArray[np.uint8]
     """
     if len(numbers) and int(numbers.max()) >= comb(of, keep):
         raise ValueError(f"a pattern that is none of {keep} among {of}")
+    if comb(of, keep) <= _TABLE:
+        return _every(keep, of)[numbers]
+    return _unrank(numbers, keep, of)
+
+
+@cache
+def _every(keep: int, of: int) -> NDArray[np.uint8]:
+    """All patterns in the order of their numbers."""
+    return _unrank(np.arange(comb(of, keep), dtype=np.uint64), keep, of)
+
+
+def _unrank(numbers: NDArray[np.uint64], keep: int, of: int) -> NDArray[np.uint8]:
     table, left = _binomials(of, keep), numbers.copy()
     found = np.empty((len(numbers), keep), np.uint8)
     for i in range(keep - 1, -1, -1):
