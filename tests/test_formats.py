@@ -47,6 +47,7 @@ from secateur.engine.journal import work_folder
 from secateur.engine.packing import foreseen_bytes
 from secateur.errors import RequestError
 from secateur.runtimes import semi_structured
+from secateur.spaces.weights import all_matrices
 from test_errors import run
 from test_resume import _PHASES, Clock, Killed, clocked
 
@@ -605,15 +606,39 @@ def test_what_is_foreseen(sparse: Callable[..., Path], tmp_path: Path) -> None:
     """Bytes from headers alone are those that zeros of that number take, but for the files' headers."""
     for share, pattern in ((0.6, None), ("2:4", (2, 4))):
         checkpoint = Checkpoint.open(sparse("llama", share))
-        matrices = [
-            tensor
-            for name, tensor in tensors_of(checkpoint.folder.path).items()
-            if tensor.ndim == 2 and "layers" in name
-        ]
-        zeros = sum(int((tensor == 0).sum()) for tensor in matrices)
+        tensors = tensors_of(checkpoint.folder.path)
+        matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2 and "layers" in name]
+        zeros = sum(int((tensors[name] == 0).sum()) for name in matrices)
         found = secateur.pack(checkpoint.folder.path, tmp_path / str(share), form="sparse")["packed"]
-        foreseen = foreseen_bytes(checkpoint, zeros, pattern)  # type: ignore[arg-type]
-        assert abs(found["bytes"] - foreseen) < 400 * len(matrices)
+        among = [matrix.name for matrix in all_matrices(checkpoint.architecture)]
+        assert abs(found["bytes"] - foreseen_bytes(checkpoint, zeros, among, pattern)) < 400 * len(matrices)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.6}, {"pattern": "2:4"}, {"pattern": "1:8", "part": "ffn"}, {"sparsity": 0.95}]
+)
+def test_weights_pruned_one_by_one(
+    options: dict[str, Any], checkpoint: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Preview foresees the bytes of the packed files; N:M zeros are found again and stored as such."""
+    request = {"method": "magnitude", "options": {"spaces": "weights", **options}, "format": "bitmask"}
+    seen = secateur.preview(checkpoint(), **request)
+    made = secateur.prune(checkpoint(), output=tmp_path / "out", **request)
+    assert made.packed is not None
+    tensors = len(Folder(checkpoint()).headers)
+    assert abs(made.achieved["bytes"] - seen["achieved"]["bytes"]) < 300 * tensors
+    assert seen["achieved"]["nonzero"] == made.achieved["nonzero"]
+    assert made.achieved["bytes"] < made.packed["dense_bytes"]
+    names = {"2:4": "2:4", "1:8": "1:8"}
+    assert (
+        names.get(options.get("pattern", ""), "gaps" if options.get("sparsity") == 0.95 else "bitmask")
+        in (made.packed["forms"])
+    )
+    words = [f"{key}={value}" for key, value in request["options"].items()]  # type: ignore[attr-defined]
+    flags = [word for each in words for word in ("--set", each)]
+    code, shown, _ = run(["preview", str(checkpoint()), "--method", "magnitude", *flags, "--format", "bitmask"], capsys)
+    assert code == 0
+    assert "zeros take no bytes" in " ".join(shown.split())
 
 
 # -- 2:4 on a GPU ------------------------------------------------------------------------------------------------------

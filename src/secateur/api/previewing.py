@@ -10,6 +10,7 @@ from typing import Any
 from secateur.api.outputs import require_output, require_text
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
+from secateur.engine.packing import foreseen_bytes
 from secateur.engine.prepare import (
     LONGEST_WINDOW,
     budget_for,
@@ -26,7 +27,9 @@ from secateur.errors import RequestError, SecateurError
 from secateur.families.loading import loads_in
 from secateur.inference import read_checkpoint
 from secateur.methods.base import Method, worth
+from secateur.methods.elementwise import Elementwise
 from secateur.spaces import KINDS
+from secateur.spaces.weights import all_matrices
 
 
 def preview(
@@ -105,6 +108,8 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     if method.output == "zeros":
         zeros = 0 if request.is_copy else method.zeros(budget)
         achieved |= {"nonzero": costs.params(after) - zeros, "nonzero_before": costs.params(dense)}
+        if request.format != "dense":
+            achieved["bytes"] = _packed_estimate(checkpoint, method, zeros)
     sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS}
     loads = loads_in(checkpoint.architecture.family, dense, after, request.layout)
     return {
@@ -121,6 +126,14 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "layout": request.layout,
         "loads_in": {"transformers": "verified at the save", **loads},
     }
+
+
+def _packed_estimate(checkpoint: Checkpoint, method: Method, zeros: int) -> int:
+    """Bytes of the packed files, the zeros spread evenly over the matrices in which the method sets them."""
+    weights = method if isinstance(method, Elementwise) else None
+    matrices = all_matrices(checkpoint.architecture, weights.part if weights else "all")
+    pattern = (weights.shape.kept, weights.shape.of) if weights and weights.shape.fixed else None
+    return foreseen_bytes(checkpoint, zeros, [matrix.name for matrix in matrices], pattern)
 
 
 _INTERPRETER = 450 * 2**20  # anonymous memory of Python with torch and transformers

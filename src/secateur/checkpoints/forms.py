@@ -253,14 +253,14 @@ def measure(bits: Bits, shape: tuple[int, ...], spare: int = 0) -> tuple[Form | 
     return (best if size(best) + spare < bits.nbytes else None), nonzeros
 
 
-def foreseen(elements: int, nonzeros: int, itemsize: int, pattern: tuple[int, Group] | None = None) -> int:
+def foreseen(elements: int, nonzeros: int, itemsize: int, pattern: tuple[int, int] | None = None) -> int:
     """Bytes that a tensor will take, its zeros spread at random, or N of every M left; gaps are their mean.
 
     Args:
         pattern: N and M.
     """
     sizes = [elements * itemsize, nonzeros * itemsize + -(-elements // 8)]
-    if pattern is not None:
+    if pattern is not None and pattern[1] in _GROUPS:
         groups = elements // pattern[1]
         sizes.append(groups * pattern[0] * itemsize + pattern_bytes(groups, *pattern))
     zero = 1 - nonzeros / max(1, elements)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint, Folder, TensorHeader, TensorWriter
 from secateur.checkpoints.companions import copy_folder
 from secateur.checkpoints.folder import INDEX, PACKED_INDEX, RECORD, WEIGHT_DTYPES, read_json
-from secateur.checkpoints.forms import Form, Group, bound, foreseen, measure, name_of
+from secateur.checkpoints.forms import Form, bound, foreseen, measure, name_of
 from secateur.checkpoints.packed import Record, bits_of, packed_name, packed_parts, part_names, tensor_of
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
@@ -60,16 +60,18 @@ def _hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def foreseen_bytes(checkpoint: Checkpoint, zeros: int, pattern: tuple[int, Group] | None = None) -> int:
-    """Bytes of a checkpoint's weight files, packed, with zeros spread evenly over the matrices of its blocks.
+def foreseen_bytes(
+    checkpoint: Checkpoint, zeros: int, among: Collection[str], pattern: tuple[int, int] | None = None
+) -> int:
+    """Bytes of a checkpoint's weight files, packed, with zeros spread evenly over some of its matrices.
 
     Args:
         zeros: their number.
+        among: canonical names of the matrices.
         pattern: N and M, where N of every M consecutive inputs are left.
     """
-    headers = {name: stored.header for name, stored in checkpoint.folder.stored.items()}
-    places = (checkpoint.packed[place] for place in checkpoint.architecture.places if place is not None)
-    matrices = [headers[p.name] for place in places for p in place if len(headers[p.name].shape) > 1]
+    headers, every = checkpoint.folder.headers, (p for place in checkpoint.packed.values() for p in place)
+    matrices = [headers[p.name] for p in every if not set(p.canonical).isdisjoint(among)]
     share = min(1.0, zeros / max(1, sum(header.elements for header in matrices)))
     saved = sum(h.bytes - foreseen(h.elements, round((1 - share) * h.elements), h.itemsize, pattern) for h in matrices)
     return checkpoint.folder.dense_bytes - saved

@@ -29,7 +29,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 WORTH: Mapping[Output, str] = {
     "dense": "a stock checkpoint, smaller and faster everywhere",
     "dense-per-layer": "a checkpoint whose layers differ, loaded with the bundled modelling file",
-    "zeros": "zeros in place: the same bytes and the same speed, on CPUs always; --format bitmask packs them",
+    "zeros": "zeros in place: the same bytes, and on CPUs the same speed; --format bitmask packs them on disk",
     "factors": "factored matrices",
     "runtime": "a policy that acts at run time",
     "index": "an index list",
@@ -37,9 +37,9 @@ WORTH: Mapping[Output, str] = {
 
 
 PACKED = (
-    "packed, its zeros take no bytes on disk; loaded it has the size and speed it had (secateur.load; transformers "
+    "packed, so that zeros take no bytes on disk; loaded (secateur.load, or transformers after secateur unpack) it has "
+    "its dense size and speed"
 )
-PACKED += "after secateur unpack)"
 
 
 def worth(output: Output, layout: Layout, format: str = "dense") -> str:
@@ -47,7 +47,7 @@ def worth(output: Output, layout: Layout, format: str = "dense") -> str:
     kind: Output = "dense-per-layer" if output == "dense" and layout == "per-layer" else output
     if format == "dense":
         return f"{kind}: {WORTH[kind]}"
-    return f"{kind}: {PACKED}" if kind == "zeros" else f"{kind}: {WORTH[kind]}; {PACKED}, and it has few zeros"
+    return f"{kind}: {PACKED}" if kind == "zeros" else f"{kind}: {WORTH[kind]}; {PACKED}. It has few zeros"
 
 
 Derivative = Literal["mean", "squares", "signals", "tables"]
