@@ -178,7 +178,7 @@ class MendSweep:
         parts.update({f"score.{name}": values.contiguous().cpu() for name, values in mend.scores.items()})
         save_file(parts or {"none": torch.zeros(0)}, self._kept_file(block))
         self.journal.add("mend", block=block, sha256=self._digests(block))
-        return Mend(mend.kept, wide, mend.masks)
+        return Mend(mend.kept, wide, masks=mend.masks)
 
     def _stored(self, name: str) -> str:
         return self.checkpoint.dtypes.get(name, "F32")

@@ -78,14 +78,14 @@ class Mend:
     Attributes:
         kept: kept units of its spaces, as in a plan.
         edits: canonical tensors of the place that take the source's place, as in a plan.
-        masks: which of its weights stay, as in a plan.
         scores: the numbers behind ``kept``, one per unit, by space: drawn in the report.
+        masks: which of its weights stay, as in a plan.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class PlaceFiles(Mapping[str, Tensor]):
