@@ -399,10 +399,13 @@ def test_a_module_in_memory_can_be_packed(checkpoint: Checkpoints) -> None:
 def test_recovery_of_a_packed_folder(sparse: Callable[..., Path], notes: Path, tmp_path: Path) -> None:
     """What is trained is written dense, under the dense names."""
     pytest.importorskip("peft")
-    secateur.pack(sparse("sharded"), tmp_path / "packed", form="sparse")
-    secateur.recover(tmp_path / "packed", data=notes, output=tmp_path / "out", steps=1, length=16)
+    secateur.prune(sparse("sharded"), output=tmp_path / "packed", **_TO_PACKED)
+    result = secateur.recover(tmp_path / "packed", data=notes, output=tmp_path / "out", steps=1, length=16)
     assert not list((tmp_path / "out").glob("packed*"))
-    assert Folder(tmp_path / "out").headers == Folder(sparse("sharded")).headers
+    assert Folder(tmp_path / "out").headers == Folder(tmp_path / "packed").headers
+    record = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    assert "packed" not in record
+    assert result.loads_in["transformers"].startswith("verified(")
 
 
 _TO_PACKED: dict[str, Any] = {"method": "magnitude", "ratio": 0.15, "format": "bitmask"}

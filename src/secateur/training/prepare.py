@@ -193,7 +193,9 @@ def _require_same_tokens(checkpoint: Checkpoint, teacher: Checkpoint, trust_remo
 
 def _record_of(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.folder.path / RECORD
-    return read_json(path) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
+    record.pop("packed", None)  # what is trained is written as it is
+    return record
 
 
 def _sizes_in(source: dict[str, Any]) -> Sizes | None:
