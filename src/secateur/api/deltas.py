@@ -56,22 +56,16 @@ def delta_pack(
     Returns:
         ``output``, ``bytes``, ``method``, ``ratio``, ``options``, ``seed``, ``seconds``; ``entries`` of the pruned
         matrices, ``kept`` and ``dropped``; ``tensors`` (pruned, whole, unchanged); what the bytes are
-        (``values_bytes``, ``index_bytes``, ``whole_bytes``, ``files_bytes``, ``header_bytes``); ``tuned_bytes`` of the full fine-tune's
-        weights and ``bound_bytes``, which values and positions of as many arbitrary entries cost at least; ``q``
-        (smallest, mean, largest) and ``search``, what was tried to find it.
+        (``values_bytes``, ``index_bytes``, ``whole_bytes``, ``files_bytes``, ``header_bytes``); ``tuned_bytes`` of the
+        full fine-tune's weights and ``bound_bytes``, which values and positions of as many arbitrary entries cost at
+        least; ``q`` (smallest, mean, largest) and ``search``, what was tried to find it.
 
     Raises:
         SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
     """
     started, told = time.perf_counter(), progress or Silent()
-    asked: dict[str, Any] = {
-        "base": str(base),
-        "tuned": str(tuned),
-        "output": str(output),
-        "method": method,
-        "ratio": ratio,
-    }
-    asked |= {"data": None if data is None else str(data), "options": options or {}, **more}
+    asked: dict[str, Any] = {"base": str(base), "tuned": str(tuned), "output": str(output), **more}
+    asked |= {"method": method, "ratio": ratio, "data": None if data is None else str(data), "options": options or {}}
     request = validated(DeltaRequest, asked, "a delta")
     chosen = make_delta_method(request)
     path, device = require_free(Path(request.output), request.force), resolve_device(request.device)

@@ -18,7 +18,7 @@ from secateur.errors import refuse
 
 Curve = list[tuple[float, float]]
 Costs = Callable[[Sequence[float]], list[float]]
-_ETAS = tuple(2.0**power for power in range(-4, 5))
+_ETAS = tuple(4.0**power for power in range(-2, 7))
 
 
 def coarse_to_fine(low: float, high: float, costs: Costs, step: float = 0.1, levels: int = 2) -> tuple[float, Curve]:
