@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -77,6 +78,7 @@ class DeltaMethod(BaseModel):
         """Whether the choice of entries is drawn."""
         return False
 
+    @abstractmethod
     def select(self, delta: Tensor, signal: Signal | None, ratio: float, seed: int) -> Selection:
         """The entries of a delta [rows, columns] that are kept.
 
@@ -84,7 +86,6 @@ class DeltaMethod(BaseModel):
             signal: of its columns, where ``asks_signals``.
             seed: of this matrix.
         """
-        raise NotImplementedError
 
 
 class Dare(DeltaMethod):
