@@ -369,6 +369,13 @@ def test_rows_that_did_not_change_are_not_stored(checkpoint: Checkpoints, tmp_pa
     assert torch.equal(found, everything(tuned)["model.embed_tokens.weight"])
 
 
+def test_nothing_added_is_nothing_stored(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    result = secateur.delta_pack(checkpoint(), checkpoint(), tmp_path / "d")
+    assert result["values_bytes"] == result["whole_bytes"] == result["files_bytes"] == result["entries"] == 0
+    secateur.delta_apply(checkpoint(), tmp_path / "d", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (checkpoint() / "model.safetensors").read_bytes()
+
+
 def test_more_vocabulary(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Rows of new tokens travel along."""
     tuned = tmp_path / "tuned"

@@ -114,6 +114,7 @@ def test_factors_lose_entries(method: str, checkpoint: Checkpoints, notes: Path,
     factors = load_file(folder / "adapter_model.safetensors")
     assert result["entries"] == sum(tensor.numel() for tensor in factors.values())
     assert result["bytes"] < result["tuned_bytes"]
+    assert result["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
     secateur.delta_apply(checkpoint(), tmp_path / "d", tmp_path / "out")
     source, made = tensors(checkpoint()), tensors(tmp_path / "out")
     delta = made["model.layers.0.self_attn.q_proj.weight"] - source["model.layers.0.self_attn.q_proj.weight"]

@@ -57,8 +57,9 @@ def delta_pack(
         ``output``, ``bytes``, ``method``, ``ratio``, ``options``, ``seed``, ``seconds``; ``entries`` of the pruned
         matrices, ``kept`` and ``dropped``; ``tensors`` (pruned, whole, unchanged); what the bytes are
         (``values_bytes``, ``index_bytes``, ``whole_bytes``, ``files_bytes``, ``header_bytes``); ``tuned_bytes`` of the
-        full fine-tune's weights and ``bound_bytes``, which values and positions of as many arbitrary entries cost at
-        least; ``q`` (smallest, mean, largest) and ``search``, what was tried to find it.
+        full fine-tune's weights (of an adapter: merged), ``adapter_bytes`` of an adapter's file, and ``bound_bytes``,
+        which values and positions of as many arbitrary entries cost at least; ``q`` (smallest, mean, largest) and
+        ``search``, what was tried to find it.
 
     Raises:
         SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
@@ -111,6 +112,7 @@ def delta_pack(
         **figures_of(account),
         "header_bytes": header,
         "tuned_bytes": fine.checkpoint.folder.bytes,
+        "adapter_bytes": fine.adapter_bytes,
         "search": tried,
         "seconds": round(time.perf_counter() - started, 3),
     }

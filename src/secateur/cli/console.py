@@ -284,8 +284,9 @@ def show_delta_pack(result: dict[str, Any]) -> None:
         f"tensors pruned, {tensors['whole']} whole, {tensors['unchanged']} as in the base",
         highlight=False,
     )
+    beside = "" if result["adapter_bytes"] is None else f" (an adapter of {result['adapter_bytes']:,} bytes)"
     share = result["bytes"] / result["tuned_bytes"]
-    _out.print(f"{share:.2%} of the fine-tune's weights, {result['seconds']:.1f} s", highlight=False)
+    _out.print(f"{share:.2%} of the fine-tune's weights{beside}, {result['seconds']:.1f} s", highlight=False)
     _out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 

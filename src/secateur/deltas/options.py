@@ -56,12 +56,6 @@ class DeltaMethod(BaseModel):
     lora: Literal["product", "factors"] = Field(
         "product", description="of an adapter: entries of the product of its factors go, or entries of the factors"
     )
-    windows: int = Field(8, ge=1, description="windows of the data on which candidates of a search are tried")
-    objective: Literal["output", "loss"] = Field(
-        "output",
-        description="what a search minimises: the squared change of the fine-tune's five largest logits, or the loss",
-    )
-    seeds: int = Field(1, ge=1, description="masks over which a search averages: that of the file, and others")
 
     @property
     def rescale(self) -> Number | Literal["share", "analytic", "learned"]:
@@ -88,6 +82,17 @@ class DeltaMethod(BaseModel):
         """
 
 
+class Searched(DeltaMethod):
+    """A method whose q may be found by trying candidates on the data."""
+
+    windows: int = Field(8, ge=1, description="windows of the data on which candidates of a search are tried")
+    objective: Literal["output", "loss"] = Field(
+        "output",
+        description="what a search minimises: the squared change of the fine-tune's five largest logits, or the loss",
+    )
+    seeds: int = Field(1, ge=1, description="masks over which a search averages: that of the file, and others")
+
+
 class Dare(DeltaMethod):
     """Keep random entries, divide them by their share (DARE, arXiv:2311.03099)."""
 
@@ -103,7 +108,7 @@ class Dare(DeltaMethod):
         return random_choice(delta.numel(), kept_count(delta.numel(), ratio), seed)
 
 
-class DarexQ(Dare):
+class DarexQ(Dare, Searched):
     """Keep random entries, divide them by a larger q (DAREx, arXiv:2410.09344)."""
 
     name = "darex_q"
@@ -123,7 +128,7 @@ class DarexQ(Dare):
         return self.q
 
 
-class Magnitude(DeltaMethod):
+class Magnitude(Searched):
     """Keep the largest entries (importance-based selection of DAREx, sec. 5)."""
 
     name = "magnitude"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.deltas.learning import learn_q
-from secateur.deltas.options import DarexQ, DeltaMethod
+from secateur.deltas.options import DarexQ, DeltaMethod, Searched
 from secateur.deltas.rescale import Rescale
 from secateur.deltas.trials import Candidate, Pruner, try_candidates
 from secateur.engine.progress import Progress
@@ -60,11 +60,12 @@ def found_rescale(
     if not isinstance(asked, str):
         return Rescale("fixed", float(asked)), {}
     assert ids is not None
+    assert isinstance(method, Searched)
     some = ids[: method.windows]
 
     def costs(rules: Sequence[Rescale]) -> list[float]:
         candidates = [Candidate(seed + more, rule) for rule in rules for more in range(method.seeds)]
-        each = try_candidates(pruner, candidates, some, dtype, device, told)
+        each = try_candidates(pruner, candidates, some, method.objective, dtype, device, told)
         averaged = [sum(each[i : i + method.seeds]) / method.seeds for i in range(0, len(each), method.seeds)]
         return [cost if math.isfinite(cost) else math.inf for cost in averaged]
 

@@ -98,6 +98,11 @@ class Tuned:
     def path(self) -> Path:
         return self.checkpoint.folder.path
 
+    @property
+    def adapter_bytes(self) -> int | None:
+        """Size of the adapter's file; None where there is none."""
+        return None
+
     def _require_alike(self) -> None:
         """The blocks of both must be of the same shapes; the vocabulary may differ."""
         asked = f"delta between {self.base.folder.path.name!r} and {self.path.name!r}"
@@ -157,6 +162,10 @@ class Adapter(Tuned):
     @property
     def path(self) -> Path:
         return self._path
+
+    @property
+    def adapter_bytes(self) -> int | None:
+        return (self._path / _ADAPTER_WEIGHTS).stat().st_size
 
     def _of(self, place: Block) -> list[Packed]:
         return [packed for packed in self.architecture.packed_of(place) if packed.name in self._pairs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from secateur.engine.walk import Walk
 from secateur.families import Block
 from secateur.training.objective import cross_entropy
 
+Objective = Literal["output", "loss"]
 TOP: Final = 5
 """Logits of the fine-tune that are compared at every token."""
 _BATCH_TOKENS: Final = 2048
@@ -92,11 +93,12 @@ def try_candidates(
     pruner: Pruner,
     candidates: Sequence[Candidate],
     ids: Tensor,
+    objective: Objective,
     dtype: torch.dtype,
     device: torch.device,
     told: Progress,
 ) -> list[float]:
-    """What every candidate costs: ``objective`` of the method, a mean over tokens.
+    """What every candidate costs, a mean over tokens: the squared change of the largest logits, or the loss.
 
     All candidates go through the model together, so that a block is read once; what is held is one block and the
     signals of the candidates.
@@ -123,7 +125,7 @@ def try_candidates(
         best, where = logits.topk(min(TOP, logits.shape[-1]))
         for index, state in enumerate(states[1:]):
             other = runner.logits(batch, state[at]).float()
-            if pruner.method.objective == "loss":
+            if objective == "loss":
                 cost = cross_entropy(other, batch.to(other.device))
             else:
                 cost = (other.gather(-1, where) - best).square().mean()

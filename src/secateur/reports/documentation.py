@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from secateur.deltas.options import METHODS, DeltaMethod
+from pydantic import BaseModel
+
+from secateur.deltas.options import METHODS, DeltaMethod, Searched
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
@@ -89,13 +91,15 @@ def training_table() -> str:
 
 def delta_table() -> str:
     """Options of ``delta pack``: those of all methods, then those of each."""
-    shared = describe_options(DeltaMethod)
     rows: list[list[str]] = []
-    for name, schema in {"all": DeltaMethod, **METHODS}.items():
-        for key, option in describe_options(schema).items():
-            if name == "all" or key not in shared:
-                values = " \\| ".join(map(str, option["choices"])) if option["choices"] else option["type"]
-                rows.append([name, f"`{key}`", values, str(option["default"]), option["description"]])
+    groups: dict[str, type[BaseModel]] = {"all": DeltaMethod, "all but dare": Searched}
+    told: set[str] = set()
+    for name, schema in {**groups, **METHODS}.items():
+        new = {key: option for key, option in describe_options(schema).items() if key not in told}
+        for key, option in new.items():
+            values = " \\| ".join(map(str, option["choices"])) if option["choices"] else option["type"]
+            rows.append([name, f"`{key}`", values, str(option["default"]), option["description"]])
+        told |= set(new) if name in groups else set()
     return table(["method", "`--set`", "values", "default", "what"], rows)
 
 
