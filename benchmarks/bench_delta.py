@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 import secateur
-from common import HERE, Goal, Result, conditions, parser, record, work_folder
+from common import HERE, RESULTS, Goal, Result, conditions, parser, record, work_folder
 from secateur.checkpoints import Checkpoint
 from secateur.meters.perplexity import Text, perplexity
 
@@ -28,6 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "darex_q learned": ("darex_q", {"q": "learned"}, True),
     "magnitude": ("magnitude", {}, False),
     "wanda": ("wanda", {}, False),
+    "magnitude q searched": ("magnitude", {"q": "search"}, False),
     "wanda q searched": ("wanda", {"q": "search"}, False),
     "columns": ("structural", {"axis": "columns"}, False),
 }
@@ -53,7 +55,7 @@ class Bench:
         self.train = assets / "text" / "wikitext-2" / "valid.txt"
         self.held_out = assets / "text" / "wikitext-2" / "test.txt"
         self.folder, self.steps, self.windows = folder, 10 if small else 150, 4 if small else arguments.windows
-        self.small = small
+        self.small, self.name = small, "delta" if arguments.model == MODELS[0] else "delta_docs"
         self.text: Text | None = None
 
     def fine_tune(self, name: str, given: Path | None, **options: Any) -> Path:
@@ -128,6 +130,16 @@ def rows_of(bench: Bench, tuned: Path, names: Sequence[str]) -> Iterator[tuple[s
             yield f"{name} {ratio:g}", figures
 
 
+def earlier(bench: Bench, kind: str, full: float) -> dict[str, Any]:
+    """Rows of the last record that are not measured anew, where it is of the same fine-tune."""
+    path = RESULTS / f"{bench.name}.json"
+    if bench.small or not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"].get(kind, {})
+    rows: dict[str, Any] = found.get("rows", {}) if found.get("perplexity") == full else {}
+    return rows
+
+
 def goals_of(kind: str, rows: dict[str, dict[str, Any]], full: float, base: float) -> Iterator[Goal]:
     """DAREx-q against DARE at every ratio."""
     for ratio in RATIOS:
@@ -149,7 +161,13 @@ def main() -> None:
     options.add_argument("--anchored", type=Path, default=None, help="the same, with AdamR")
     options.add_argument("--plain", action="store_true", help="leave the fine-tune with AdamR out")
     options.add_argument("--windows", type=int, default=64, help="of the held-out text")
-    options.add_argument("--rows", nargs="*", choices=tuple(METHODS), default=tuple(METHODS), help="all when omitted")
+    options.add_argument(
+        "--rows",
+        nargs="*",
+        choices=tuple(METHODS),
+        default=tuple(METHODS),
+        help="all when omitted; others stay as last recorded",
+    )
     arguments = options.parse_args()
     where = conditions()
     with work_folder(arguments.work) as folder:
@@ -163,14 +181,14 @@ def main() -> None:
             pairs["AdamR fine-tune"] = (bench.fine_tune("anchored", arguments.anchored, anchor="l2"), list(ANCHORED))
         for kind, (tuned, wanted) in pairs.items():
             full = bench.perplexity(tuned)
-            rows = dict(rows_of(bench, tuned, wanted))
+            rows = {**earlier(bench, kind, full), **dict(rows_of(bench, tuned, wanted))}
             size = (tuned / "model.safetensors").stat().st_size
             figures[kind] = {"perplexity": full, "weights_bytes": size, "rows": rows}
             goals += goals_of(kind, rows, full, base)
     assert bench.text is not None
     record(
         Result(
-            "delta" if bench.base.name == MODELS[0] else "delta_docs",
+            bench.name,
             f"delta pruning of {bench.base.name}, fine-tuned on another text",
             where,
             goals,

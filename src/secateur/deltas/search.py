@@ -18,6 +18,7 @@ from secateur.errors import refuse
 
 Curve = list[tuple[float, float]]
 Costs = Callable[[Sequence[float]], list[float]]
+_LOW = 0.1  # of entries that were not drawn: how much the kept ones may make up for the others
 _ETAS = tuple(4.0**power for power in range(-2, 7))
 
 
@@ -84,9 +85,8 @@ def found_rescale(
         found = costs([rule(eta) for eta in _ETAS])
         best = min(range(len(_ETAS)), key=found.__getitem__)
         return rule(_ETAS[best]), {"eta": _ETAS[best], "curve": list(zip(_ETAS, found, strict=True))}
-    low = 1 - pruner.ratio if method.random else 0.5
-    high = 1.0 if method.random else 1.5
-    best_q, tried = coarse_to_fine(low, high, lambda points: costs([Rescale("fixed", q) for q in points]))
+    low = 1 - pruner.ratio if method.random else _LOW
+    best_q, tried = coarse_to_fine(low, 1.0, lambda points: costs([Rescale("fixed", q) for q in points]))
     if not math.isfinite(dict(tried)[best_q]):
         refuse("not-finite", "the search for q", "no candidate gives finite logits", "--dtype float32")
     return Rescale("fixed", best_q), {"curve": tried}
