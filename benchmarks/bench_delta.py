@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "columns": ("structural", {"axis": "columns"}, False),
 }
 """What a row of the table runs: method, options, whether a seed matters."""
+PLAIN, ADAM_R = "full fine-tune", "AdamR fine-tune"
 ANCHORED = ("dare", "darex_q searched", "magnitude")
 """Rows that also run on the fine-tune with AdamR."""
 
@@ -130,20 +131,22 @@ def rows_of(bench: Bench, tuned: Path, names: Sequence[str]) -> Iterator[tuple[s
             yield f"{name} {ratio:g}", figures
 
 
-def earlier(bench: Bench, kind: str, full: float) -> dict[str, Any]:
-    """Rows of the last record that are not measured anew, where it is of the same fine-tune."""
+def last_figures(bench: Bench, base: float) -> dict[str, Any]:
+    """What the last record says, where it is of the same model and text; rows that are not measured anew stay."""
     path = RESULTS / f"{bench.name}.json"
-    if bench.small or not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))["figures"].get(kind, {})
-    rows: dict[str, Any] = found.get("rows", {}) if found.get("perplexity") == full else {}
-    return rows
+    found: dict[str, Any] = {}
+    if not bench.small and path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    return found if found.get("base") == {"perplexity": base} else {"base": {"perplexity": base}}
 
 
-def goals_of(kind: str, rows: dict[str, dict[str, Any]], full: float, base: float) -> Iterator[Goal]:
+def goals_of(kind: str, figures: dict[str, Any], base: float) -> Iterator[Goal]:
     """DAREx-q against DARE at every ratio."""
+    rows, full = figures["rows"], figures["perplexity"]
     for ratio in RATIOS:
-        dare, best = rows[f"dare {ratio:g}"], rows[f"darex_q searched {ratio:g}"]
+        dare, best = rows.get(f"dare {ratio:g}"), rows.get(f"darex_q searched {ratio:g}")
+        if dare is None or best is None:
+            continue
         told = f"{best['perplexity']} against {dare['perplexity']} (base {base}, {kind} {full})"
         yield Goal(
             f"{kind}, {ratio:.0%} of the delta dropped: held-out perplexity of `darex_q`, q searched without labels",
@@ -172,19 +175,21 @@ def main() -> None:
     where = conditions()
     with work_folder(arguments.work) as folder:
         bench = Bench(folder, arguments)
-        names = [name for name in METHODS if name in {*arguments.rows, "dare", "darex_q searched"}]
         base = bench.perplexity(bench.base)
-        figures: dict[str, Any] = {"base": {"perplexity": base}}
-        goals: list[Goal] = []
-        pairs = {"full fine-tune": (bench.fine_tune("tuned", arguments.tuned), names)}
+        figures = last_figures(bench, base)
+        pairs = {
+            PLAIN: (bench.fine_tune("tuned", arguments.tuned), [name for name in METHODS if name in arguments.rows])
+        }
         if not arguments.plain:
-            pairs["AdamR fine-tune"] = (bench.fine_tune("anchored", arguments.anchored, anchor="l2"), list(ANCHORED))
+            rows = [name for name in ANCHORED if name in arguments.rows]
+            pairs[ADAM_R] = (bench.fine_tune("anchored", arguments.anchored, anchor="l2"), rows)
         for kind, (tuned, wanted) in pairs.items():
-            full = bench.perplexity(tuned)
-            rows = {**earlier(bench, kind, full), **dict(rows_of(bench, tuned, wanted))}
+            full, last = bench.perplexity(tuned), figures.get(kind, {})
+            kept = last.get("rows", {}) if last.get("perplexity") == full else {}
             size = (tuned / "model.safetensors").stat().st_size
-            figures[kind] = {"perplexity": full, "weights_bytes": size, "rows": rows}
-            goals += goals_of(kind, rows, full, base)
+            rows_now = {**kept, **dict(rows_of(bench, tuned, wanted))}
+            figures[kind] = {"perplexity": full, "weights_bytes": size, "rows": rows_now}
+        goals = [goal for kind in (PLAIN, ADAM_R) if kind in figures for goal in goals_of(kind, figures[kind], base)]
     assert bench.text is not None
     record(
         Result(
@@ -196,7 +201,7 @@ def main() -> None:
             [
                 f"{bench.base.name} trained whole for {bench.steps} steps of 8 x 256 tokens of wikitext-2's "
                 "validation text by `secateur recover --method full`"
-                + ("" if arguments.plain else ", once as by default and once with `--set anchor=l2`"),
+                + (", once as by default and once with `--set anchor=l2`" if ADAM_R in figures else ""),
                 f"perplexity on the first {len(bench.text.windows)} windows of 256 tokens of wikitext-2's test text; "
                 "signals and searches see 32 windows (searches 8 of them) of the training text, no labels",
                 "file: pack, apply, measure what transformers loads; values in float16",
