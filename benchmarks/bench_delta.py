@@ -204,6 +204,7 @@ def main() -> None:
                 + (", once as by default and once with `--set anchor=l2`" if ADAM_R in figures else ""),
                 f"perplexity on the first {len(bench.text.windows)} windows of 256 tokens of wikitext-2's test text; "
                 "signals and searches see 32 windows (searches 8 of them) of the training text, no labels",
+                "a run with --rows measures these anew; the others are of the last run on the same fine-tune",
                 "file: pack, apply, measure what transformers loads; values in float16",
             ],
         ),
