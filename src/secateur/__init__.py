@@ -12,6 +12,8 @@ from secateur.version import __version__
 if TYPE_CHECKING:
     from secateur.api import (
         compare,
+        delta_apply,
+        delta_pack,
         evaluate,
         export,
         families,
@@ -29,6 +31,8 @@ __all__ = [
     "SecateurError",
     "__version__",
     "compare",
+    "delta_apply",
+    "delta_pack",
     "evaluate",
     "export",
     "families",

@@ -1,6 +1,7 @@
 """The Python door."""
 
 from secateur.api.comparing import compare
+from secateur.api.deltas import delta_apply, delta_pack
 from secateur.api.exporting import export
 from secateur.api.facts import evaluate, families, inspect, load, methods
 from secateur.api.packing import pack, unpack
@@ -12,6 +13,8 @@ __all__ = [
     "PruneResult",
     "RecoverResult",
     "compare",
+    "delta_apply",
+    "delta_pack",
     "evaluate",
     "export",
     "families",

@@ -86,12 +86,12 @@ class Archive:
         except (ValueError, ValidationError) as error:
             _damaged(path, f"its header is not understood ({str(error).splitlines()[0]})")
         for name in (*header.clear, *(name for name, _ in header.files), *(file for _, file, _, _ in header.weights)):
-            if not _inside(name):
+            if not inside(name):
                 _damaged(path, f"the file name {name!r} leaves the folder")
         return cls(header, np.frombuffer(data[start:end], "<u4").astype(np.uint32))
 
 
-def _inside(name: str) -> bool:
+def inside(name: str) -> bool:
     """Whether a relative path stays in its folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name

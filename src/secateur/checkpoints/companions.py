@@ -34,6 +34,23 @@ def copy_folder(source: Path, target: Path, wanted: Callable[[Path], bool]) -> N
             shutil.copyfile(path, target / entry.name)
 
 
+def companions_of(folder: Path) -> list[str]:
+    """Names of the files that travel with the weights of a checkpoint folder, weights of any format left out."""
+    found: list[str] = []
+
+    def walk(path: Path) -> None:
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if entry.name == INDEX or entry.name.startswith(".git"):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                walk(Path(entry.path))
+            elif entry.is_file() and Path(entry.name).suffix not in _OTHER_WEIGHTS:
+                found.append(Path(entry.path).relative_to(folder).as_posix())
+
+    walk(folder)
+    return found
+
+
 def copy_companions(source: Path, target: Path, own: Collection[Path], whole: Collection[str] = ()) -> list[str]:
     """Copy everything but weights from one checkpoint folder to another; the card steps aside as README.source.md.
 

@@ -15,6 +15,7 @@ import typer
 
 from secateur.cli.options import (
     COMPARE,
+    DELTA,
     PRUNE,
     RECOVER,
     ContextOption,
@@ -212,6 +213,39 @@ def unpack(
     with ConsoleProgress() as progress:
         result = api.unpack(archive, output, force=force, progress=progress)
     _show(result, as_json, show_unpack)
+
+
+delta = typer.Typer(name="delta", help="Store a fine-tune as a sparse delta beside its base.", no_args_is_help=True)
+app.add_typer(delta)
+
+
+@delta.command("pack")
+@takes(DELTA)
+def delta_pack(base: str, tuned: str, output: str, as_json: bool, **values: Any) -> None:
+    """Drop most of what TUNED added to BASE, and write the rest as one file."""
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_delta_pack
+
+    with ConsoleProgress() as progress:
+        result = api.delta_pack(base, tuned, output, progress=progress, **request_of(values))
+    _show(result, as_json, show_delta_pack)
+
+
+@delta.command("apply")
+def delta_apply(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the model that the delta was made on")],
+    delta: Annotated[str, typer.Argument(metavar="FILE", help="what secateur delta pack wrote")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="folder to write")],
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the checkpoint folder that BASE with a delta is."""
+    from secateur import api
+    from secateur.cli.console import ConsoleProgress, show_delta_apply
+
+    with ConsoleProgress() as progress:
+        result = api.delta_apply(base, delta, output, force=force, progress=progress)
+    _show(result, as_json, show_delta_apply)
 
 
 @app.command()

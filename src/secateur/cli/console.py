@@ -270,6 +270,41 @@ def show_unpack(result: dict[str, Any]) -> None:
     _out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
+def show_delta_pack(result: dict[str, Any]) -> None:
+    table = _table("", "bytes")
+    for key in ("tuned_bytes", "values_bytes", "index_bytes", "bound_bytes", "whole_bytes", "files_bytes"):
+        table.add_row(_DELTA[key], f"{result[key]:,}")
+    table.add_row("header of the file", f"{result['header_bytes']:,}")
+    table.add_row("the file", f"{result['bytes']:,}")
+    _out.print(table)
+    tensors, q = result["tensors"], result["q"]
+    divided = "" if q is None else f", divided by {q['smallest']:.4g} to {q['largest']:.4g}"
+    _out.print(
+        f"{result['method']}: {result['kept']:,} of {result['entries']:,} entries kept{divided}; {tensors['pruned']} "
+        f"tensors pruned, {tensors['whole']} whole, {tensors['unchanged']} as in the base",
+        highlight=False,
+    )
+    beside = "" if result["adapter_bytes"] is None else f" (an adapter of {result['adapter_bytes']:,} bytes)"
+    share = result["bytes"] / result["tuned_bytes"]
+    _out.print(f"{share:.2%} of the fine-tune's weights{beside}, {result['seconds']:.1f} s", highlight=False)
+    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+
+
+_DELTA = {
+    "tuned_bytes": "the fine-tune's weights",
+    "values_bytes": "kept values",
+    "index_bytes": "which they are",
+    "bound_bytes": "both at least, were they arbitrary",
+    "whole_bytes": "tensors that are not pruned",
+    "files_bytes": "other files",
+}
+
+
+def show_delta_apply(result: dict[str, Any]) -> None:
+    _out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
+    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+
+
 def show_methods(result: dict[str, Any]) -> None:
     table = _table("method", "title", "data", "output", "paper", numbers=False)
     for name, facts in result.items():

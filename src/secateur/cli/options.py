@@ -119,6 +119,21 @@ RECOVER: Final[Options] = {
     "recipe": RecipeOption,
     **_LAST,
 }
+DELTA: Final[Options] = {
+    "base": Annotated[str, typer.Argument(metavar="BASE", help="the model that was fine-tuned: folder or hub id")],
+    "tuned": Annotated[str, typer.Argument(metavar="TUNED", help="the fine-tune: checkpoint or adapter folder")],
+    "output": Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="the delta, e.g. fine.delta")],
+    "method": Annotated[
+        str | None,
+        typer.Option("--method", help="dare, darex_q, magnitude, wanda or structural [default: darex_q with data]"),
+    ],
+    "ratio": Annotated[str | None, typer.Option("--ratio", help="share of the delta's entries to drop [default: 0.9]")],
+    **_DATA,
+    "samples": Annotated[int | None, typer.Option("--samples", help="calibration windows [default: 32]")],
+    "set_": Annotated[list[str] | None, typer.Option("--set", metavar="k=v", help="see: docs/methods/darex.md")],
+    **_MACHINE,
+    **_LAST,
+}
 
 
 def takes(options: Options, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

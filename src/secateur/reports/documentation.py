@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from secateur.deltas.options import METHODS, DeltaMethod, Searched
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
@@ -86,6 +89,20 @@ def training_table() -> str:
     return _options_rows(describe_options(Training))
 
 
+def delta_table() -> str:
+    """Options of ``delta pack``: those of all methods, then those of each."""
+    rows: list[list[str]] = []
+    groups: dict[str, type[BaseModel]] = {"all": DeltaMethod, "all but dare": Searched}
+    told: set[str] = set()
+    for name, schema in {**groups, **METHODS}.items():
+        new = {key: option for key, option in describe_options(schema).items() if key not in told}
+        for key, option in new.items():
+            values = " \\| ".join(map(str, option["choices"])) if option["choices"] else option["type"]
+            rows.append([name, f"`{key}`", values, str(option["default"]), option["description"]])
+        told |= set(new) if name in groups else set()
+    return table(["method", "`--set`", "values", "default", "what"], rows)
+
+
 def _options_rows(options: dict[str, Any]) -> str:
     rows = []
     for key, option in options.items():
@@ -120,6 +137,7 @@ def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
         root / "docs" / "families.md": {"families": families_table},
         root / "docs" / "deploy.md": {"loads": loads_table},
         root / "docs" / "recover.md": {"options": training_table},
+        root / "docs" / "methods" / "darex.md": {"options": delta_table},
     }
     for name in method_names():
         page = root / "docs" / "methods" / f"{name}.md"

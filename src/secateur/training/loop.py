@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
 from secateur.errors import refuse
+from secateur.training.anchored import AdamR
 from secateur.training.objective import Objective, cross_entropy
 from secateur.training.options import Training
 from secateur.training.snapshots import Snapshots
@@ -125,14 +126,23 @@ class Trainer:
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.trainable = sum(p.numel() for p in own.values())
         self.params = {**own, **{f"objective.{name}": p for name, p in objective.named_parameters()}}
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self._optimizer(list(own.values()), list(objective.parameters()))
+        self.snapshots = Snapshots(work, journal, self.params, self.optimizer)
+
+    def _optimizer(self, own: list[nn.Parameter], maps: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW, or AdamR anchored where the model stands now; what the objective trains along is anchored nowhere."""
+        options = self.options
+        if options.anchor is not None:
+            groups: list[dict[str, Any]] = [{"params": own}, {"params": maps, "strength": 0.0}]
+            return AdamR([g for g in groups if g["params"]], 0.0, options.anchor_strength or 0.0, options.anchor)
+        params = [*own, *maps]
+        return torch.optim.AdamW(
             [
-                {"params": [p for p in self.params.values() if p.ndim > 1], "weight_decay": options.weight_decay},
-                {"params": [p for p in self.params.values() if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for p in params if p.ndim > 1], "weight_decay": options.weight_decay},
+                {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
             ],
             lr=0.0,
         )
-        self.snapshots = Snapshots(work, journal, self.params, self.optimizer)
 
     def run(self) -> Outcome:
         """Train to the end, from where an interrupted run stood; the kept weights are in the model afterwards."""

@@ -61,6 +61,13 @@ class Training(BaseModel):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the rate rises")
     batch: int = Field(8, ge=1, description="windows of a step")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of matrices")
+    anchor: Literal["l2", "l1"] | None = Field(
+        None,
+        description="full: decay towards the starting weights (AdamR), so that the delta stays small enough to prune",
+    )
+    anchor_strength: float | None = Field(
+        None, ge=0, description="full: how strong that decay is; by default 0.05 (l2), 1e-4 (l1)"
+    )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     distill: float | None = Field(
         None, ge=0, le=1, description="share of the teacher's logits in the loss; 0.5 by default with --teacher"
@@ -92,6 +99,7 @@ class Training(BaseModel):
 DEFAULT_STEPS: Final = 300
 _RATES: Final[dict[Method, float]] = {"lora": 3e-3, "full": 3e-4}
 _WIDTH: Final = 256
+_STRENGTHS: Final = {"l2": 0.05, "l1": 1e-4}
 
 
 def default_rate(method: Method, width: int) -> float:
@@ -100,6 +108,12 @@ def default_rate(method: Method, width: int) -> float:
     Chosen on validation text at widths of 64 and 256 (docs/recover.md); narrower models take that of 64.
     """
     return _RATES[method] * min(4.0, _WIDTH / width)
+
+
+def _anchor_strength(training: Training) -> float | None:
+    if training.anchor is None or training.anchor_strength is not None:
+        return training.anchor_strength
+    return _STRENGTHS[training.anchor]
 
 
 def make_recovery(values: dict[str, Any], recipe: Path | None = None) -> tuple[RecoverRequest, Training]:
@@ -116,10 +130,16 @@ def make_recovery(values: dict[str, Any], recipe: Path | None = None) -> tuple[R
                 refuse("no-teacher", f"option {name}", "there is no teacher to learn from", "--teacher MODEL2")
     if request.method == "full" and training.ranks is not None:
         refuse("bad-option", "option ranks of recover", "only adapters have ranks", "--method lora")
+    if training.anchor is not None:
+        if request.method != "full":
+            refuse("bad-option", "option anchor of recover", "adapters begin at nothing", "--method full")
+        if training.weight_decay:
+            refuse("bad-option", "option anchor of recover", "weight_decay pulls elsewhere", "--set weight_decay=0")
     if request.dtype == "float16":
         refuse("bad-option", "dtype float16", "gradients leave its range", "float32 or bfloat16")
     filled = {
         "alpha": training.alpha or 2.0 * training.rank,
+        "anchor_strength": _anchor_strength(training),
         "distill": (0.0 if request.teacher is None else 0.5) if training.distill is None else training.distill,
     }
     return request, training.model_copy(update=filled)
