@@ -68,6 +68,8 @@ def mask(model: Any, where: Where, plan: Plan) -> Any:
         block, sizes = blocks[int(parts[1])], plan.before.blocks[int(parts[1])]
         if parts[-1] in PARTIAL:
             PARTIAL[parts[-1]](block, where, kept, plan)
+        elif parts[-1] == "experts":
+            _close_ways(model, block.get_submodule(where.router), _others(kept, sizes.experts))
         elif name.endswith("experts.shared.ffn"):
             _zero_inputs(block.get_submodule(where.shared_reader), _others(kept, sizes.shared))
         elif parts[2] == "experts":
@@ -256,6 +258,33 @@ def _zero_inputs(module: nn.Module, gone: list[int]) -> None:
         return (signal, *inputs[1:])
 
     module.register_forward_pre_hook(hook)
+
+
+def _close_ways(model: Any, router: nn.Module, gone: list[int]) -> None:
+    """Let the logits of some experts be minus infinity, so that no token is sent to them."""
+    forward = model.forward
+
+    def closed(*args: Any, **kwargs: Any) -> Any:
+        with _ClosedWays(router, gone):
+            return forward(*args, **kwargs)
+
+    model.forward = closed
+
+
+class _ClosedWays(TorchFunctionMode):
+    """A router computes its logits inside, where no hook reaches: its product is told by its weight."""
+
+    def __init__(self, router: Any, gone: list[int]) -> None:
+        super().__init__()
+        self.weight, self.gone = router.weight, gone
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "linear" and args[1] is self.weight:
+            found[..., self.gone] = -torch.inf
+        return found
 
 
 def _zero_expert(experts: Any, expert: int, gone: list[int]) -> None:

@@ -32,6 +32,7 @@ class Where:
     ffn_out: str = "mlp"
     ffn_reader: str = "mlp.down_proj"
     experts: str | None = None
+    router: str = "mlp.gate"
     shared_reader: str = "mlp.shared_expert.down_proj"
     final_norm: str = "model.norm"
     parallel: bool = False
@@ -198,7 +199,7 @@ FAMILIES: dict[str, Tiny] = {
             "sliding_window": 8,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        _EXPERTS,
+        Where(experts="mlp.experts", router="mlp.router"),
     ),
 }
 """Families by name; a variant of one names its ``model_type``."""

@@ -54,6 +54,7 @@ class Costs:
         self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
         self._shortcut_roles = architecture.shortcut_roles
         self._inventory: dict[Block, Counter[_Sort]] = {place: Counter() for place in architecture.places}
+        self._experts = [block.experts or 1 for block in architecture.sizes.blocks]
         widest = max(itemsizes.values())
         for tensor in architecture.catalogue.values():
             if tensor.name != _HEAD and tensor.role not in SHORTCUTS:
@@ -70,18 +71,18 @@ class Costs:
         self.flops = cache(self._flops)
 
     def _sum(self, sizes: Sizes, place: Block, weigh: str) -> float:
-        total = 0.0
+        total, visits = 0.0, weigh == "flops"
         for sort, count in self._inventory[place].items():
             if not sort.tensor.exists(sizes) or (sort.tensor.is_index and weigh != "bytes"):
                 continue
             amount = count * prod(sort.tensor.shape(sizes))
             if weigh == "bytes":
                 amount *= _INDEX_BYTES if sort.tensor.is_index else sort.itemsize
-            elif weigh == "flops":
-                if sort.is_table:
-                    continue
-                if sort.routed and place is not None:
-                    amount = amount * sizes.active_experts // sizes.blocks[place].experts
+            elif visits and sort.is_table:
+                continue
+            if sort.routed and place is not None:
+                experts = sizes.blocks[place].experts
+                amount = amount // self._experts[place] * (min(sizes.active_experts, experts) if visits else experts)
             total += amount
         return total + self._shortcuts(sizes, place, weigh)
 

@@ -18,8 +18,8 @@ from secateur.spaces import Space, all_spaces
 class GlobalRanking(SizesPath):
     """The sizes that remain when the n best of all units of some kinds stay, n rising.
 
-    Every block keeps at least one grain of each kind. The routed experts of a block share one width, the mean of what
-    each would keep.
+    Every block keeps at least one grain of each kind, and as many experts as a token visits. The routed experts of a
+    block share one width, the mean of what each would keep.
 
     Args:
         base: sizes to start from.
@@ -61,7 +61,8 @@ class GlobalRanking(SizesPath):
         grain = self._grains[space.kind]
         if count >= space.size:
             return space.size
-        return min(max(round(count / grain), 1) * grain, space.size)
+        least = self._base.active_experts if space.kind == "experts" else 1
+        return min(max(round(count / grain), least) * grain, space.size)
 
 
 def relative(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

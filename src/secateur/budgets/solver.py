@@ -64,7 +64,7 @@ class Budget:
 
     def quantum_of(self, kind: Kind) -> int:
         """Multiple that sizes of ``kind`` keep to: as asked, else the largest power of two whose step is <= 1 %."""
-        if kind in ("kv", "heads", "blocks"):
+        if kind in ("experts", "kv", "heads", "blocks"):
             return 1
         if self.quantum is not None:
             return self.quantum

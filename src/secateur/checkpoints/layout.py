@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from secateur.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from secateur.checkpoints.folder import TensorHeader
-from secateur.families import Architecture, Block, Packed, canonical_name
+from secateur.families import Architecture, Block, Packed, Survivors, canonical_name
 from secateur.families.roles import SHORTCUTS
 
 INDEX_DTYPE = "I32"
@@ -57,34 +57,38 @@ class _Renumber:
         return name
 
 
-def output_layout(source: Checkpoint, target: Architecture, kept: Sequence[int]) -> OutputLayout:
+def output_layout(source: Checkpoint, target: Architecture, survivors: Survivors) -> OutputLayout:
     """The output's tensors.
 
     Args:
         source: the dense checkpoint.
         target: architecture after the cut.
-        kept: surviving blocks.
+        survivors: blocks and experts.
     """
+    kept = survivors.blocks
     renumber = _Renumber(source.architecture.family.blocks, kept)
     arranged = {p.canonical: p for p in target.packed.values()}
     shapes, renamed = {}, {}
-    for name, tensor in source.architecture.tensors.items():
-        if tensor.block is None or tensor.block in renumber.new:
-            block = None if tensor.block is None else renumber.new[tensor.block]
-            new = canonical_name(block, tensor.role, tensor.kind, tensor.expert)
-            if new in target.shapes:  # a branch of its block may be gone
-                renamed[name], shapes[name] = new, target.shapes[new]
+    for name in source.architecture.tensors:
+        new = survivors.new_name(name)
+        if new in target.shapes:  # a branch of its block may be gone
+            renamed[name], shapes[name] = new, target.shapes[new]
     pieces: dict[Block, list[Piece]] = {}
     for place in (None, *kept):
         pieces[place] = []
+        names: dict[tuple[str | None, ...], str] = {p.canonical: p.name for p in source.packed[place]}
         for packed in source.packed[place]:
-            if any(name not in renamed for name in packed.canonical):
+            parts = tuple(group for group in packed.parts if all(name in renamed for name in group))
+            if not parts:
                 continue
-            new_name = renumber(packed.name)
+            # an expert that lies alone on disk takes the name that belonged to its new number
+            alone = tuple(survivors.in_its_block(name) for name in packed.canonical)
+            new_name = renumber(packed.name if packed.stacked else names[alone])
             assert new_name is not None
+            made = replace(packed, parts=parts)
             # what takes turns in it may do so in other numbers
-            alike = arranged.get(tuple(renamed[name] for name in packed.canonical))
-            made = packed if alike is None else replace(packed, turn=alike.turn)
+            alike = arranged.get(tuple(renamed[name] for name in made.canonical))
+            made = made if alike is None else replace(made, turn=alike.turn)
             header = replace(source.folder.headers[packed.name], name=new_name, shape=made.shape(shapes))
             pieces[place].append(Piece(header, made))
         pieces[place] += _added(source, target, place, None if place is None else renumber.new[place], renumber)

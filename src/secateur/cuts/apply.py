@@ -33,10 +33,12 @@ def cut_place(
         plan: the decision.
 
     Returns:
-        Tensors under their canonical names (block indices still those before the cut), in the data types they came in.
+        Tensors under their canonical names (of blocks and experts, the numbers before the cut), in the data types they
+        came in.
         A head that the plan unties is added, and so are changes of basis.
     """
-    added = _added(source, target, place, plan)
+    added, survivors = _added(source, target, place, plan), plan.survivors
+    tensors = {name: tensor for name, tensor in tensors.items() if survivors.in_its_block(name)}
     stored = {**tensors, **_new_biases(source, added, tensors)}
     edits = plan.edits_of(place)
     result = {**stored, **{name: edit.to(next(iter(stored.values())).device) for name, edit in edits.items()}}

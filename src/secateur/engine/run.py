@@ -139,7 +139,7 @@ class Run:
             The record that lies in the folder as ``secateur.json``.
         """
         target = self.target(plan)
-        layout = output_layout(self.checkpoint, target, plan.blocks)
+        layout = output_layout(self.checkpoint, target, plan.survivors)
         writer = TensorWriter(self.result, layout.headers)
         digests = cut_sweep(
             self.checkpoint, target, plan, layout, writer, self.journal, self.progress, self.prepared.device

@@ -6,7 +6,7 @@ from secateur.families.packing import Packed
 from secateur.families.resizing import resized
 from secateur.families.schema import Family, family_names, load_family
 from secateur.families.sizes import BlockSizes, Expert, Kind, Sizes
-from secateur.families.tensors import Block, CanonicalTensor, canonical_name, place_name
+from secateur.families.tensors import Block, CanonicalTensor, Survivors, canonical_name, place_name
 
 __all__ = [
     "LAYOUTS",
@@ -20,6 +20,7 @@ __all__ = [
     "Layout",
     "Packed",
     "Sizes",
+    "Survivors",
     "canonical_name",
     "family_names",
     "load_family",

@@ -25,6 +25,8 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
         and holds(rule.when, architecture.config)
         and not (rule.per_layer_only if layout == "native" else rule.native_only)
     ]
+    if kind == "experts" and not sizes.size(kind):
+        reasons.append("its FFN has no experts")
     attention = kind in ("kv", "heads")
     if (attention or kind == "residual") and layout == "native" and "head" not in family.sizes:
         consequence = (
@@ -71,8 +73,10 @@ def problems(architecture: Architecture, sizes: Sizes, itemsize: int, layout: La
         itemsize: bytes of a weight, for row alignment.
     """
     found = []
-    kinds: tuple[Kind, ...] = ("residual", "ffn", "kv", "heads", "blocks")
+    kinds: tuple[Kind, ...] = ("residual", "ffn", "experts", "kv", "heads", "blocks")
     for kind in kinds:
+        if kind == "experts" and not sizes.size(kind):
+            continue  # no block with experts is left
         if layout == "native" and sizes.uniform(kind) is None:
             found.append(f"the native layout wants one {kind} size for all blocks")
         elif sizes.size(kind) != architecture.sizes.size(kind) or sizes.uniform(kind) is None:
@@ -80,6 +84,9 @@ def problems(architecture: Architecture, sizes: Sizes, itemsize: int, layout: La
     found += _no_place_in_native(sizes) if layout == "native" else _wrong_beside_stock(architecture, sizes)
     if sizes == architecture.sizes:
         return found
+    fewest = min((block.experts for block in sizes.blocks if block.experts), default=sizes.active_experts)
+    if fewest < sizes.active_experts:
+        found.append(f"{fewest} experts are fewer than the {sizes.active_experts} that every token visits")
     for rule in architecture.family.constraints:
         if rule.multiple_of and layout == "native":
             heads = max([1, *(block.kv * block.group for block in sizes.blocks)])

@@ -60,7 +60,9 @@ def resized(
 
 def _values(block: BlockSizes) -> dict[str, int]:
     """Sizes of one block by their key in a family file."""
-    widths = {"expert_ffn": block.ffn, "shared": block.shared} if block.experts else {"ffn": block.ffn}
+    widths = {"ffn": block.ffn}
+    if block.experts:
+        widths = {"expert_ffn": block.ffn, "shared": block.shared, "experts": block.experts}
     return {**widths, "kv": block.kv, "heads": block.kv * block.group}
 
 

@@ -56,6 +56,9 @@ NORMS: Final[dict[str, tuple[str, ...]]] = {
 TABLES: Final = ("embedding", "positions")
 """Lookup tables: their second axis *writes* the stream."""
 
+EXPERT_ROLES: Final = ("gate", "up", "down")
+"""What an expert is made of; the first axis or the second of each is its neurons."""
+
 BEHIND_A_WRITER: Final = ("embedding_norm", "attention_post_norm", "ffn_post_norm")
 """Norms between a writer and the stream: no map of the stream commutes with them."""
 

@@ -9,11 +9,11 @@ from typing import Any, Final, Literal
 from secateur.errors import InternalError
 from secateur.families.roles import SHORTCUTS, WHOLE
 
-Kind = Literal["ffn", "kv", "heads", "residual", "blocks"]
+Kind = Literal["ffn", "experts", "kv", "heads", "residual", "blocks"]
 Expert = int | Literal["shared"] | None
 """An expert of a block: its number, the one that every token visits, or None in a dense FFN."""
 
-FIELD_OF: Final[Mapping[Kind, str]] = {"ffn": "ffn", "kv": "kv", "heads": "group"}
+FIELD_OF: Final[Mapping[Kind, str]] = {"ffn": "ffn", "experts": "experts", "kv": "kv", "heads": "group"}
 """Which size of a block counts its units of a kind."""
 
 
@@ -144,7 +144,7 @@ class Sizes:
     def _each(self, kind: Kind) -> Iterator[tuple[bool, int, int]]:
         """Of every block that has any: whether it has experts, its size of ``kind``, that of its shared expert."""
         for block in self.blocks:
-            if not block.has("ffn" if kind == "ffn" else "attention"):
+            if not (block.experts if kind == "experts" else block.has("ffn" if kind == "ffn" else "attention")):
                 continue
             value = getattr(block, FIELD_OF[kind])
             yield kind == "ffn" and block.experts > 0, value, block.shared if kind == "ffn" else 0
@@ -203,10 +203,13 @@ class Sizes:
 
 KINDS_OF_AXIS: Final[dict[str, tuple[Kind, ...]]] = {
     "ffn": ("ffn",),
+    "experts": ("experts",),
     "kv": ("kv",),
     "kv_heads": ("kv",),
     "heads": ("kv", "heads"),
     "query_heads": ("kv", "heads"),
     "residual": ("residual",),
 }
-"""The kinds of space whose units lie along an axis; axes without an entry are never cut."""
+"""The kinds of space whose units lie along an axis; axes without an entry are never cut.
+
+Tensors of a single expert belong to a unit as a whole and have no axis of experts."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from secateur.families.packing import Shape
 from secateur.families.roles import INDICES, PORTS, SHORTCUTS, WHOLE, axes_of, dimensions_of
@@ -63,6 +65,45 @@ class CanonicalTensor:
                 length = length * narrowed // int(getattr(sizes, WHOLE[field]))
             found.append(length)
         return tuple(found)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """The blocks and the routed experts that stay; both are numbered anew, in their order.
+
+    Attributes:
+        blocks: by their numbers before.
+        experts: of each block in which some go, those that stay, by their numbers before.
+    """
+
+    blocks: Sequence[int]
+    experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @cached_property
+    def _blocks(self) -> dict[str, int]:
+        return {str(old): new for new, old in enumerate(self.blocks)}
+
+    @cached_property
+    def _experts(self) -> dict[str, dict[str, int]]:
+        """New numbers of experts, by block."""
+        return {str(block): {str(old): new for new, old in enumerate(kept)} for block, kept in self.experts.items()}
+
+    def in_its_block(self, name: str) -> str | None:
+        """The canonical name with the new number of its expert, the block's as it was; None where the expert goes."""
+        parts = name.split(".")
+        numbers = self._experts.get(parts[1]) if parts[2] == "experts" and parts[3].isdigit() else None
+        if numbers is None:
+            return name
+        new = numbers.get(parts[3])
+        return None if new is None else ".".join([*parts[:3], str(new), *parts[4:]])
+
+    def new_name(self, name: str) -> str | None:
+        """The canonical name in the pruned model; None where block or expert go."""
+        found = self.in_its_block(name)
+        if found is None or not found.startswith("blocks."):
+            return found
+        _, block, local = found.split(".", 2)
+        return f"blocks.{self._blocks[block]}.{local}" if block in self._blocks else None
 
 
 def place_name(block: Block) -> str:

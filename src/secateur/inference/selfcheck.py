@@ -21,7 +21,7 @@ from secateur.cuts.apply import EMBEDDING, HEAD, cut_place, select
 from secateur.cuts.stream import SHARED
 from secateur.engine.blocks import BlockRunner
 from secateur.errors import SecateurError
-from secateur.families import Architecture, Block, Family, Kind, Layout, Sizes, canonical_name, resized
+from secateur.families import Architecture, Family, Kind, Layout, Sizes, resized
 from secateur.families.limits import problems, refusals
 from secateur.families.roles import TABLES, writes_stream
 from secateur.inference.anatomy import random_weights, token_ids
@@ -273,16 +273,11 @@ class SelfCheck:
         return found
 
     def _cut(self, plan: Plan, target: Architecture) -> dict[str, Tensor]:
-        new = {old: index for index, old in enumerate(plan.blocks)}
         result = {}
         for place in (None, *plan.blocks):
             names = [t.name for t in self.architecture.tensors_of(place)]
             cut = cut_place(self.architecture, target, place, {n: self.tensors[n] for n in names}, plan)
-            for name, tensor in cut.items():
-                described = self.architecture.tensors.get(name) or target.tensors[name]
-                block: Block = None if place is None else new[place]
-                renamed = canonical_name(block, described.role, described.kind, described.expert)
-                result[renamed] = tensor
+            result.update({plan.survivors.new_name(name) or name: tensor for name, tensor in cut.items()})
         return result
 
     def _renumbered_rest(self, plan: Plan) -> dict[str, Tensor]:

@@ -169,6 +169,8 @@ def _judge(
     if trouble is not None:
         refuse(UNKNOWN, asked, trouble)
     fixed = [rule.model_dump() for rule in family.fixed]
+    if check.architecture.sizes.size("experts"):  # how a router chooses among others is not known
+        fixed.append({"size": "experts", "why": "the self-check does not try what its router does without some"})
     verified: list[Kind] = []
     refused: dict[Kind, str] = {}
     for kind in check.kinds:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from secateur.families import CanonicalTensor
-from secateur.families.roles import MATRICES
+from secateur.families.roles import EXPERT_ROLES, MATRICES
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.methods.base import Study
 from secateur.methods.elementwise import Elementwise
 from secateur.methods.selection import Selection
 from secateur.scores.norms import squares_along, unit_energy
-from secateur.spaces import BlockView, Member, Space
+from secateur.spaces import BlockView, Kind, Member, Space
+
+_FIRST: Final[Mapping[Kind, tuple[str, ...]]] = {
+    "ffn": ("gate", "up"),
+    "experts": ("router",),
+    "kv": ("q",),
+    "heads": ("q",),
+    "residual": ("embedding",),
+}
 
 
 class MagnitudeOfWeights(Elementwise):
@@ -52,14 +60,15 @@ class Magnitude(Selection):
         """The matrices that a unit runs through; all where it runs through all."""
         if self.cuts in ("residual", "blocks"):
             return None
+        if self.cuts == "experts":
+            return ("router", *EXPERT_ROLES)
         cut = {axis for axis, kinds in KINDS_OF_AXIS.items() if self.cuts in kinds}
         return tuple(role for role, axes in MATRICES.items() if cut.intersection(axes))
 
     def _counts(self, member: Member) -> bool:
         if self.of == "reader":
             return not member.writes
-        first = {"ffn": ("gate", "up"), "kv": ("q",), "heads": ("q",), "residual": ("embedding",)}.get(self.cuts, ())
-        return self.of == "group" or (member.writes and member.tensor.role in first)
+        return self.of == "group" or (member.writes and member.tensor.role in _FIRST.get(self.cuts, ()))
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.cuts == "blocks":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.checkpoints import TensorHeader, TensorWriter
 from secateur.errors import InternalError, refuse
-from secateur.families import Sizes
+from secateur.families import Sizes, Survivors
 from secateur.families.resizing import sizes_of
 from secateur.families.sizes import BlockSizes
 from secateur.plans.chart import Chart
@@ -249,6 +249,12 @@ class Plan:
         """Indices of the surviving blocks."""
         kept = self.kept.get("blocks")
         return list(range(len(self.before.blocks))) if kept is None else [int(i) for i in kept]
+
+    @property
+    def survivors(self) -> Survivors:
+        """The blocks and experts that stay."""
+        found = ((block, self.kept.get(f"blocks.{block}.experts")) for block in self.blocks)
+        return Survivors(self.blocks, {block: kept.tolist() for block, kept in found if kept is not None})
 
     def sizes_of(self, block: int) -> BlockSizes:
         """Sizes of a surviving block, by its index in the dense model."""

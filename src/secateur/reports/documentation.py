@@ -116,7 +116,8 @@ def families_table() -> str:
     rows = []
     for name in family_names():
         architecture = Architecture(example_config(name))
-        rows += [[name, kind, layout, *verdict(architecture, kind, layout)] for kind in KINDS for layout in LAYOUTS]
+        kinds = [kind for kind in KINDS if architecture.sizes.size(kind)]
+        rows += [[name, kind, layout, *verdict(architecture, kind, layout)] for kind in kinds for layout in LAYOUTS]
     return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
 
 

@@ -35,10 +35,10 @@ class Space:
     """Interchangeable units of one kind.
 
     Attributes:
-        name: ``blocks.I.ffn``, ``blocks.I.experts.E.ffn``, ``blocks.I.kv``, ``blocks.I.heads``, ``residual`` or
-            ``blocks``.
-        kind: what its units are: FFN neurons, KV-head groups with their query heads, query heads where one key/value
-            head serves all, residual dimensions, blocks.
+        name: ``blocks.I.ffn``, ``blocks.I.experts.E.ffn``, ``blocks.I.experts``, ``blocks.I.kv``, ``blocks.I.heads``,
+            ``residual`` or ``blocks``.
+        kind: what its units are: FFN neurons, routed experts, KV-head groups with their query heads, query heads where
+            one key/value head serves all, residual dimensions, blocks.
         size: number of units.
         place: the block it lies in; None for those that span the model.
         expert: the expert it lies in, if any.
@@ -70,6 +70,8 @@ def spaces_of(sizes: Sizes, kind: Kind, place: Block = None) -> list[Space]:
     block = sizes.blocks[place]
     if kind == "heads":
         return [Space(f"blocks.{place}.heads", kind, block.group, place)] if block.kv == 1 else []
+    if kind == "experts":
+        return [Space(f"blocks.{place}.experts", kind, block.experts, place)] if block.experts else []
     if not block.has("attention" if kind == "kv" else "ffn"):
         return []
     if kind == "kv":
@@ -108,16 +110,24 @@ def columns_of_values(positions: Tensor, head: int, group: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor that a space runs through: unit u covers [u * span, (u + 1) * span) of ``axis``."""
+    """One tensor that a space runs through: unit u covers [u * span, (u + 1) * span) of ``axis``.
+
+    Of the tensors that lie in single experts, those of a role are one member of the space of experts: each expert's
+    weights are a row of ``values``, and ``tensor`` is that of the first.
+    """
 
     tensor: CanonicalTensor
     values: Tensor
     axis: int
     span: int
+    in_experts: bool = False
 
     @property
     def writes(self) -> bool:
-        """Whether the space's signal comes out of this tensor (rather than being read by it)."""
+        """Whether the space's signal comes out of this tensor (rather than being read by it); that of experts is what
+        the router gives."""
+        if self.in_experts:
+            return False
         if self.tensor.role in TABLES:
             return self.axis == 1
         return self.axis == 0
@@ -193,3 +203,16 @@ class BlockView:
             for index, axis in enumerate(tensor.axes):
                 if space.kind in KINDS_OF_AXIS.get(axis, ()) and space_name(space.kind, tensor) == space.name:
                     yield Member(tensor, values, index, sizes.span(axis, space.kind, tensor.block))
+        if space.kind == "experts":
+            yield from self._in_experts()
+
+    def _in_experts(self) -> Iterator[Member]:
+        routed = [t for t in map(self.architecture.tensors.__getitem__, self.tensors) if isinstance(t.expert, int)]
+        for first in (tensor for tensor in routed if tensor.expert == 0):
+            alike = [t for t in routed if (t.role, t.kind) == (first.role, first.kind)]
+            rows = [self.tensors[t.name].flatten() for t in sorted(alike, key=_number)]
+            yield Member(first, torch.stack(rows), 0, 1, in_experts=True)
+
+
+def _number(tensor: CanonicalTensor) -> int:
+    return tensor.expert if isinstance(tensor.expert, int) else -1
