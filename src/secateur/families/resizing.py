@@ -68,6 +68,8 @@ def _values(block: BlockSizes) -> dict[str, int]:
 
 def _write(raw: dict[str, Any], architecture: Architecture, name: str, value: int) -> None:
     """Set a key, which the file may know by another name of the stock configuration."""
+    if (own := architecture.config.attribute_map.get(name)) in raw:
+        name = own
     for other, own in architecture.config.attribute_map.items():
         if own == name:
             raw.pop(other, None)
