@@ -31,7 +31,7 @@ from secateur.plans import Plan
 
 Options = dict[str, Any]
 SPACES = ("ffn", "kv", "residual", "blocks")
-KINDS = (*SPACES[:2], "heads", *SPACES[2:])
+KINDS = ("ffn", "experts", "kv", "heads", "residual", "blocks")
 REPORT = "secateur-report.md"
 TIMED = (REPORT, "secateur-report.html")
 """Files that hold measured times, and so differ between two runs."""
@@ -95,7 +95,7 @@ METHODS: dict[str, Row] = {
 }
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
-RATIOS = {"kv": 0.08, "heads": 0.05, "blocks": 0.2}
+RATIOS = {"experts": 0.07, "kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
 WIDE = ("llama", "gpt2", "mixtral")
@@ -247,7 +247,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
         "options": dict(cell.options),
         "layout": cell.layout,
     }
-    if method_class(cell.method).data == "text":
+    if method_class(cell.method)(**cell.options).data == "text":
         notes = folder / "notes.txt"
         notes.write_text(models.text(200))
         found.update(data=str(notes), samples=8, length=32)

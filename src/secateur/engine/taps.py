@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.pairs import Pairs, head_inputs
 from secateur.errors import InternalError
-from secateur.evidence import Influence, Moments, Samples
+from secateur.evidence import Influence, Moments, Routes, Samples
 from secateur.families import Block, Packed
 from secateur.spaces.weights import every_input
 
-STREAM, SAMPLES, INFLUENCE, ENDS = "stream", "samples", "influence", "ends"
+STREAM, SAMPLES, INFLUENCE, ENDS, ROUTES = "stream", "samples", "influence", "ends", "routes"
 Collector = Moments | Samples
 _OF_INPUTS = ("gram", "moments", "samples")
 
@@ -36,6 +36,8 @@ class Taps:
     (:class:`secateur.evidence.Samples`); ``inputs.KIND`` is that kind at every distinct input of the block's matrices
     (:func:`secateur.spaces.weights.input_key` names them); ``influence`` compares what enters and leaves the block;
     ``ends`` is what enters it at the last token of every window, [windows, width];
+    ``routes`` is where the router of a block with experts sends its tokens (:class:`secateur.evidence.Routes`, as
+    ``router.coactivation`` and ``router.mass``);
     ``ROLE.cross`` and ``ROLE.target`` hold the dense model against it (:class:`secateur.engine.pairs.Pairs`).
 
     Args:
@@ -48,6 +50,8 @@ class Taps:
         self._runner, self._block, self._architecture = runner, block, runner.architecture
         self._influence = Influence() if INFLUENCE in wanted and block is not None else None
         self._ends: list[Tensor] | None = [] if ENDS in wanted and block is not None else None
+        experts = 0 if block is None else self._architecture.sizes.blocks[block].experts
+        self._routes = Routes(experts, runner.device) if ROUTES in wanted and experts else None
         self._at_norms: dict[str, list[Collector]] = {}
         self._inputs: dict[str, list[Collector]] = {}
         self._stacked: dict[str, Packed] = {}
@@ -84,8 +88,9 @@ class Taps:
                     self._modules[key] = self._runner.model.get_submodule(packed.name.rpartition(".")[0])
 
     @property
-    def collectors(self) -> list[Collector | Pairs]:
-        return [*chain.from_iterable((*self._at_norms.values(), *self._inputs.values())), self.pairs]
+    def collectors(self) -> list[Collector | Pairs | Routes]:
+        routes = [] if self._routes is None else [self._routes]
+        return [*chain.from_iterable((*self._at_norms.values(), *self._inputs.values())), *routes, self.pairs]
 
     @property
     def single(self) -> bool:
@@ -94,6 +99,7 @@ class Taps:
             any(self._at_norms.values()),
             self._stacked,
             self._influence,
+            self._routes,
             self._ends is not None,
             self.pairs.wanted,
         )
@@ -115,11 +121,19 @@ class Taps:
                 for collector in self._inputs[key][:-1]:
                     stack.enter_context(_fed(module, collector.add))
                 stack.enter_context(_fed(module, self._inputs[key][-1].add, stop))
+            if self._routes is not None:
+                router = self._runner.model.get_submodule(self._architecture.module_of("router", self._block))
+                stack.callback(router.register_forward_hook(self._see_routes).remove)
             if self._stacked:
                 stack.enter_context(self._runner.experts_one_by_one())
                 places = {role: self._parameter(packed) for role, packed in self._stacked.items()}
                 stack.enter_context(_Experts(places, self._inputs))
             yield
+
+    def _see_routes(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Routers of stock classes give their logits, the weights of the chosen experts, and which those are."""
+        assert self._routes is not None
+        self._routes.add(output[2], output[1])
 
     def _parameter(self, packed: Packed) -> nn.Parameter:
         return self._runner.parameter(packed)
@@ -156,6 +170,8 @@ class Taps:
             for collector in collectors:
                 found.update(collector.named(key))
         found.update(self.pairs.evidence())
+        if self._routes is not None:
+            found.update(self._routes.named("router"))
         if self._influence is not None:
             found.update(self._influence.named())
         if self._ends is not None:

@@ -168,9 +168,9 @@ class Method(BaseModel):
 
     Class attributes:
         name, title, paper: identity and source.
-        data: whether calibration text is needed.
+        data: whether calibration text is needed; a property where an option decides it.
         evidence: statistics of the dense model that the engine gathers for ``score``, by the names of
-            ``secateur.engine.taps``: ``stream``, ``influence``, ``ends``, ``ROLE.gram``, ``ROLE.moments``.
+            ``secateur.engine.taps``: ``stream``, ``influence``, ``ends``, ``routes``, ``ROLE.gram``, ``ROLE.moments``.
         order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
             (``sequential``).
         output: what kind of result it writes.

@@ -44,6 +44,7 @@ _OURS: Final = {
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
     "snip": "secateur.methods.snip:Snip",
     "sparsegpt": "secateur.methods.sparsegpt:SparseGpt",
+    "stun": "secateur.methods.stun:Stun",
     "synflow": "secateur.methods.synflow:SynFlow",
     "wanda": "secateur.methods.wanda:Wanda",
 }
@@ -87,13 +88,14 @@ def describe_method(name: str) -> dict[str, Any]:
     from secateur.methods.base import WORTH
 
     kind = method_class(name)
+    default = kind.model_construct()
     return {
         "title": kind.title,
         "paper": kind.paper,
-        "data": kind.data,
+        "data": default.data,
         "output": kind.output,
         "group": kind.group,
-        "seeded": kind.model_construct().seeded,  # as it is by default
+        "seeded": default.seeded,  # as it is by default
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
         "variants": {

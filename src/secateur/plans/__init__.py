@@ -1,6 +1,7 @@
 """The immutable, serialisable decision: what is kept, in which basis, and the sizes that follow."""
 
 from secateur.plans.chart import Chart, points_of
+from secateur.plans.lazy import PlaceAtATime
 from secateur.plans.plan import Artifact, Edits, Masks, Mend, Overlay, Plan
 
-__all__ = ["Artifact", "Chart", "Edits", "Masks", "Mend", "Overlay", "Plan", "points_of"]
+__all__ = ["Artifact", "Chart", "Edits", "Masks", "Mend", "Overlay", "PlaceAtATime", "Plan", "points_of"]

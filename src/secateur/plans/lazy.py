@@ -6,6 +6,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from secateur.families import Block
+
+
+class PlaceAtATime(Mapping[str, Tensor]):
+    """Tensors by name, those of a place made when one of them is asked for; only those of the last place stay.
+
+    Args:
+        names: by place.
+        make: loads or computes those of one place.
+    """
+
+    def __init__(self, names: Mapping[Block, Sequence[str]], make: Callable[[Block], Mapping[str, Tensor]]) -> None:
+        self._places = {name: place for place, of in names.items() for name in of}
+        self._make = make
+        self._last: tuple[Block, Mapping[str, Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self._make(place))
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
 
 class OneAtATime(Mapping[str, Tensor]):
     """Tensors by name, each made when it is asked for; only the last one stays.
