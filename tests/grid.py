@@ -52,6 +52,7 @@ class Row:
 
 
 _SPACES = tuple({"spaces": kind} for kind in SPACES)
+_EXPERTS = {"spaces": "experts"}
 _WEIGHTS: tuple[Options, ...] = tuple(
     {"spaces": "weights", **o} for o in ({}, {"pattern": "2:4"}, {"allocation": "block"}, {"pattern": "3x5"})
 )
@@ -59,9 +60,9 @@ METHODS: dict[str, Row] = {
     "bits_back": Row(
         not_native="it is about the rotations of every norm, and stock classes have no place for their shortcuts"
     ),
-    "random": Row((*_SPACES, {"spaces": "weights"})),
+    "random": Row((*_SPACES, _EXPERTS, {"spaces": "weights"}), per_layer=(_EXPERTS,)),
     "magnitude": Row(
-        (*_SPACES, *_WEIGHTS[:2]),
+        (*_SPACES, _EXPERTS, *_WEIGHTS[:2]),
         (*_WEIGHTS[2:], *({"spaces": k, "of": of} for k in SPACES for of in ("first", "reader"))),
     ),
     "slicegpt": Row(({}, {"basis": "subset"}), ({"tie": "keep"}, {"basis": "random"}, {"orientation": "random"})),
@@ -86,6 +87,11 @@ METHODS: dict[str, Row] = {
     "d_pruner": Row(({},), ({"penalty": "step"}, {"allocation": "global"})),
     "gaprune": Row(({},), ({"literal": True}, {"part": "all"})),
     "ria": Row(({},), ({"pattern": "4:8"},)),
+    "stun": Row(
+        ({}, {"similarity": "mix", "representative": "busiest"}),
+        ({"similarity": "coactivation", "together": "unlike"}, {"similarity": "traffic"}, {"average": 3}),
+        ({}, {"similarity": "traffic", "representative": "busiest"}),
+    ),
     "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
     "disp_llm": Row(
         ({"mode": "fisher"},),
@@ -202,6 +208,10 @@ _MORE = (
     ("smollm3", "blocks"),
     ("qwen2_moe-dense", "blocks"),
     ("bloom", "kv"),
+    ("qwen2_moe", "experts"),
+    ("qwen3_moe", "experts"),
+    ("olmoe", "experts"),
+    ("gpt_oss", "experts"),
 )
 """Other spaces that CI cuts, each the first of its sort."""
 

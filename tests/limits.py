@@ -14,6 +14,8 @@ SLOPES = (
 PHI_NORMS = "its norms of queries and keys take their size from hidden_size / num_attention_heads"
 LONG = "its tables of long positions (longrope) must have hidden_size / num_attention_heads entries"
 OLMOE_NORMS = "its norms of queries and keys are as wide as the stream"
+NO_EXPERTS = "its FFN has no experts"
+GROUPED_EXPERTS = "its router chooses among groups of equally many experts and corrects each by a buffer of its own"
 BLOOM_FFN = "its FFN is always 4 times as wide as the stream"
 NORM_LIST = (
     "the family file does not describe model.layers.0.self_attn.k_layernorm.norms.0.weight, "
@@ -65,12 +67,12 @@ def _always(name: str) -> Why:
     elif family == "olmoe":
         found = {"kv": (TOGETHER,), "heads": (TOGETHER,)}
     elif family == "deepseek_v3":
-        found = {"kv": (LOW_RANK,), "heads": (LOW_RANK,)}
+        found = {"kv": (LOW_RANK,), "heads": (LOW_RANK,), "experts": (GROUPED_EXPERTS,)}
     elif family == "bloom":
         found = {"kv": (SLOPES,), "heads": (SLOPES,), "residual": (BEHIND,)}
     elif name == "falcon-alibi":
         found = {"kv": (SLOPES,), "heads": (SLOPES,)}
-    return found
+    return found if ALL[name].where.experts else {**found, "experts": (NO_EXPERTS,)}
 
 
 def _native(name: str) -> Why:

@@ -47,7 +47,8 @@ class Architecture:
         self.stock_shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
         self.buffers = sorted(set(model.state_dict()) - set(self.stock_shapes))
         self._places = {name: self._place(name) for name in self.stock_shapes}
-        self.sizes = layers or self._read_sizes()
+        self.stock_sizes = self._read_sizes()
+        self.sizes = layers or self.stock_sizes
         self.tensors: dict[str, CanonicalTensor] = {}
         self.packed: dict[str, Packed] = {}
         self.unmapped: dict[str, Shape] = {}

@@ -46,6 +46,9 @@ def resized(
         return Architecture(raw, architecture.origin)
     for key in PER_LAYER_KEYS:
         raw.pop(key, None)
+    configured = architecture.stock_sizes.size("experts")
+    if any(block.experts not in (0, configured) for block in sizes.blocks) and raw.get("output_router_logits"):
+        raw["output_router_logits"] = False  # the loss that balances experts takes as many of each layer
     made = Architecture(raw, architecture.origin, sizes)
     made.raw["auto_map"] = dict(AUTO_MAP)  # code of the source's own, if any, knows nothing of these layers
     if overrides := _layer_overrides(made):

@@ -24,6 +24,7 @@ from secateur.scores.experts import (
     coactivation_distances,
     complete_linkage,
     gram_of_rows,
+    lesser_shares,
     nearest_to_mean,
     router_distances,
 )
@@ -41,9 +42,10 @@ class Stun(Method):
     title = "STUN: Structured-Then-Unstructured Pruning for Scalable MoE Pruning (its structured half)"
     paper = "arXiv:2409.06211"
 
-    similarity: Literal["router", "coactivation", "mix"] = Field(
+    similarity: Literal["router", "coactivation", "mix", "traffic"] = Field(
         "router",
-        description="what makes experts alike: near rows of the router (no data), tokens that visit both, or both",
+        description="what makes experts alike: near rows of the router (no data), tokens that visit both, or both; "
+        "traffic (ours): near rows, times the share of the router's weight that the lesser of the two gets",
     )
     mix: NonNegativeFloat = Field(1.0, description="with similarity=mix, weight of the tokens beside the rows")
     together: Literal["alike", "unlike"] = Field(
@@ -106,6 +108,8 @@ class Stun(Method):
         assert router is not None
         if self.similarity == "router":
             return router_distances(router)
+        if self.similarity == "traffic":
+            return router_distances(router) * lesser_shares(evidence["router.mass"].cpu())
         counts = coactivation_distances(evidence["router.coactivation"].cpu(), self.together == "alike")
         return counts if self.similarity == "coactivation" else self.mix * counts + router_distances(router)
 

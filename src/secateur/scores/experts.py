@@ -29,6 +29,12 @@ def coactivation_distances(together: Tensor, alike: bool = True) -> Tensor:
     return counts / _mean_of_pairs(counts) * (-1 if alike else 1)
 
 
+def lesser_shares(mass: Tensor) -> Tensor:
+    """Of every two experts [E, E], the smaller share of the weight [E] that the router gives."""
+    shares = mass.double() / mass.double().sum().clamp(min=1e-300)
+    return torch.minimum(shares[:, None], shares[None])
+
+
 def _mean_of_pairs(values: Tensor) -> Tensor:
     """Mean of what stands beside a diagonal of zeros; never zero."""
     count = len(values)
