@@ -101,7 +101,7 @@ METHODS: dict[str, Row] = {
 }
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
-RATIOS = {"experts": 0.07, "kv": 0.08, "heads": 0.05, "blocks": 0.2}
+RATIOS = {"experts": 0.09, "kv": 0.08, "heads": 0.05, "blocks": 0.2}
 _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
 WIDE = ("llama", "gpt2", "mixtral")
