@@ -31,7 +31,7 @@ class Selection(Method):
     allocation: Literal["uniform", "global"] = Field(
         "uniform",
         description="how many units stay in each block: as many in all, or what one ranking of all units leaves, "
-        "scores relative to their block's mean (per-layer layout; ffn, kv, heads)",
+        "scores relative to their block's mean (per-layer layout; ffn, experts, kv, heads)",
     )
 
     @property
