@@ -26,7 +26,7 @@ from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
 from secateur.engine.run import Run
 from secateur.errors import RequestError
-from secateur.methods.registry import make_method, method_class, method_names
+from secateur.methods.registry import make_method, method_names
 from secateur.plans import Plan
 
 Options = dict[str, Any]
@@ -257,7 +257,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
         "options": dict(cell.options),
         "layout": cell.layout,
     }
-    if method_class(cell.method)(**cell.options).data == "text":
+    if make_method(cell.method, cell.options).data == "text":
         notes = folder / "notes.txt"
         notes.write_text(models.text(200))
         found.update(data=str(notes), samples=8, length=32)

@@ -38,7 +38,6 @@ def cut_place(
         A head that the plan unties is added, and so are changes of basis.
     """
     added, survivors = _added(source, target, place, plan), plan.survivors
-    tensors = {name: tensor for name, tensor in tensors.items() if survivors.in_its_block(name)}
     stored = {**tensors, **_new_biases(source, added, tensors)}
     edits = plan.edits_of(place)
     result = {**stored, **{name: edit.to(next(iter(stored.values())).device) for name, edit in edits.items()}}
@@ -46,6 +45,7 @@ def cut_place(
         result[name] = masked(result[name], mask)
     if place is None and source.sizes.tied and not plan.after.tied:
         result[HEAD] = result[EMBEDDING]
+    result = {name: tensor for name, tensor in result.items() if survivors.in_its_block(name)}
     result = {name: select(source, name, tensor, plan.kept) for name, tensor in result.items()}
     if plan.bases:
         result = narrow_stream(source, target, place, result, plan.bases)
