@@ -261,7 +261,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
         notes = folder / "notes.txt"
         notes.write_text(models.text(200))
         found.update(data=str(notes), samples=8, length=32)
-        if method_class(cell.method).group == "domain":
+        if make_method(cell.method, cell.options).group == "domain":
             domain = folder / "domain.txt"
             domain.write_text(models.text(200, seed=3))
             found["options"]["domain"] = str(domain)
