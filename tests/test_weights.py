@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,61 @@ def test_the_sweep_comes_near_the_optimum_and_lazy_updates_change_nothing() -> N
         exact[row, kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight[row])
     masked, swept, best_of_all = (loss(new) for new in (weight * mask, sweeps[0], exact))
     assert best_of_all <= swept < masked - 0.5 * (masked - best_of_all)
+
+
+def _step_by_step(weight: Tensor, gram: Tensor, chosen: Callable[[Tensor, int], Tensor | None]) -> Tensor:
+    """OBS as the paper states it: after every column the inverse of the Hessian of those behind it, nothing shared.
+
+    A column q whose weights w go is zero, and what is behind it becomes w_F - w / [H_F^-1]_qq [H_F^-1]_q,F, with F the
+    columns from q on. ``chosen`` is given the scores w^2 / [H_F^-1]_qq that the columns from q on have as they stand.
+    """
+    new, columns = weight.clone(), weight.shape[1]
+    stays = torch.ones_like(weight, dtype=torch.bool)
+    for q in range(columns):
+        # [H_F^-1]_jj where the columns between q and j are done with too: the diagonal that a sweep meets
+        diagonal = torch.stack([torch.linalg.inv(gram[j:, j:])[0, 0] for j in range(q, columns)])
+        mask = chosen(new[:, q:].square() / diagonal, q)
+        if mask is not None:
+            stays[:, q : q + mask.shape[1]] = mask
+        inverse = torch.linalg.inv(gram[q:, q:])
+        gone = torch.where(stays[:, q], 0.0, new[:, q])
+        new[:, q:] -= torch.outer(gone / inverse[0, 0], inverse[0])
+        new[:, q] = torch.where(stays[:, q], new[:, q], 0.0)
+    return new
+
+
+@pytest.mark.parametrize("size", ["half", "2:4", "given"])
+def test_the_sweep_is_the_papers_one_column_after_the_other(size: str) -> None:
+    weight, signal, damping = _random(0, 6, 24), _random(1, 200, 24) @ _random(2, 24, 24), 0.02
+    gram = signal.t() @ signal
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(24, dtype=DOUBLE)
+    given, half, width = _random(3, 6, 24) > 0.3, 6 * 8 // 2, 8
+
+    def lowest(scores: Tensor, count: int) -> Tensor:
+        """Which of the scores of some rows stay when the lowest of each go, one by one."""
+        stays = torch.ones_like(scores, dtype=torch.bool)
+        for row in range(len(scores)):
+            for column in sorted(range(scores.shape[1]), key=lambda column: float(scores[row, column]))[:count]:
+                stays[row, column] = False
+        return stays
+
+    def chosen(scores: Tensor, q: int) -> Tensor | None:
+        if size == "given":
+            return given[:, q : q + 1]
+        if size == "2:4":
+            return lowest(scores[:, :4], 2) if q % 4 == 0 else None
+        return lowest(scores[:, :width].reshape(1, -1), half).view(6, width) if q % width == 0 else None
+
+    def choose(scores: Tensor, start: int, stop: int) -> Tensor:
+        if size == "given":
+            return given[:, start:stop]
+        return best(scores, half, pattern=parse_pattern("2:4" if size == "2:4" else "element"))
+
+    expected = _step_by_step(weight, damped, chosen)
+    step = 4 if size == "2:4" else None
+    found, stays = obs_sweep(weight, gram, choose, damping=damping, width=width, step=step)
+    assert torch.equal(stays, expected != 0)
+    assert torch.allclose(found, expected, atol=1e-10)
 
 
 def test_the_sweep_counts_exactly_and_drops_dead_inputs() -> None:
