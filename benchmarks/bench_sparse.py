@@ -51,7 +51,7 @@ SPARSITY, GROUP = 0.5, 128
 WINDOWS, LENGTH = 64, 256
 PATTERNS = ("element", "2:4")
 PEERS = ("wanda", "sparsegpt", "ria")
-METHODS = {"magnitude": "wanda", "wanda": "wanda", "sparsegpt": "wanda", "ria": "ria"}
+METHODS = {"magnitude": "wanda", "wanda": "wanda", "sparsegpt": "wanda"}
 """Whose pruning of whole models a method is held against."""
 CLOSE = 1e-4
 UNLIKE = ("magnitude", "sparsegpt")
@@ -321,7 +321,7 @@ def trained(arguments: argparse.Namespace, work: Path) -> tuple[nn.Module, Tenso
     vocab = model.config.vocab_size
     ids = calibration_windows(str(arguments.text), arguments.model, vocab, windows, length, 0).ids
     np.save(work / "ids.npy", ids.numpy())
-    rows = tuple((method, pattern) for pattern in PATTERNS for method in METHODS)
+    rows = tuple((method, pattern) for pattern in PATTERNS for method in reversed(METHODS))
     return model, ids, Case(arguments.model.name, work / "trained", work / "ids.npy", f"{windows} x {length}", rows)
 
 
