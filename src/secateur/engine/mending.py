@@ -145,7 +145,7 @@ class MendSweep:
         mend = Mend(edits=decided)
         for stage, wanted in enumerate(self.method.mends):
             taps = Taps(walk.runner, block, wanted)
-            walk.run(_mended(dense, mend), taps, advance=False)
+            walk.run(_mended(dense, mend), taps, advance=False, keep=not self.method.rewrites)
             evidence = {**taps.evidence(), **(self._fisher_of(block) if FISHER in wanted else {})}
             mend = self._stage(block, dense, evidence, plan, stage, mend)
         walk.run(_mended(dense, self._finish(block, mend)))

@@ -60,35 +60,39 @@ class Walk:
                     walk.activations.capture()
                     walk.block = 0
 
-    def run(self, tensors: Mapping[str, Tensor], taps: Taps | None = None, advance: bool = True) -> None:
+    def run(
+        self, tensors: Mapping[str, Tensor], taps: Taps | None = None, advance: bool = True, keep: bool = True
+    ) -> None:
         """Run the present block with ``tensors`` on all windows; where the signal stays, as far as is looked at.
 
         Args:
             tensors: canonical tensors of the block.
             taps: gathered from.
             advance: whether the signal moves on to the next block, or stays.
+            keep: whether another run of this block, which stays, can do with what this one computes.
         """
         beside = self.beside if advance or (taps is not None and taps.pairs.wanted) else None
         seen = frozenset[str]() if taps is None else taps.roles
         self._load(tensors, seen)
         if beside is not None:
             beside._load(beside.checkpoint.read(self.block), seen)
+        keep = keep and not advance
         stops = not advance and beside is None and taps is not None and taps.single
         for shard in self.activations.shards:
             for batch in shard:
                 if stops and taps is not None:
-                    with suppress(Enough), self.readers.open(batch, keep=True), taps.open(stop=True):
+                    with suppress(Enough), self.readers.open(batch, keep=keep), taps.open(stop=True):
                         self.run_batch(batch)
                     continue
                 outputs: list[tuple[Walk, Tensor]] = []
                 if beside is not None:
                     with (
-                        beside.readers.open(batch, keep=not advance),
+                        beside.readers.open(batch, keep=keep),
                         nullcontext() if taps is None else taps.pairs.see(beside.runner, dense=True),
                     ):
                         outputs.append((beside, beside.run_batch(batch)))
                 with ExitStack() as stack:
-                    stack.enter_context(self.readers.open(batch, keep=not advance))
+                    stack.enter_context(self.readers.open(batch, keep=keep))
                     if taps is not None:
                         stack.enter_context(taps.open())
                         stack.enter_context(taps.pairs.see(self.runner, dense=False))

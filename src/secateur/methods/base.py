@@ -223,6 +223,11 @@ class Method(BaseModel):
         return ()
 
     @property
+    def rewrites(self) -> bool:
+        """Whether ``mend`` changes what lies in front of the last matrix of each branch: no input of theirs is kept."""
+        return False
+
+    @property
     def stem_mends(self) -> frozenset[str]:
         """Statistics of the stem, behind all blocks, for a last call of ``mend``; none: there is none."""
         return frozenset()

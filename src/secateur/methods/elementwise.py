@@ -96,6 +96,10 @@ class Elementwise(Method):
         return (self._statistics,) if self.signals else ()
 
     @property
+    def rewrites(self) -> bool:
+        return self.part != "ffn"
+
+    @property
     def _statistics(self) -> frozenset[str]:
         return frozenset({f"{INPUTS}.{self.signals}"}) if self.signals else frozenset()
 
