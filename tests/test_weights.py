@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from conftest import Checkpoints
 from secateur.budgets import densities
 from secateur.budgets.thresholds import ranked_counts
 from secateur.cuts.masks import best, parse_pattern
+from secateur.engine.readers import Readers
 from secateur.errors import RequestError
+from secateur.methods.elementwise import Elementwise
 from secateur.mends.obs import obs_sweep, shares_of
 from secateur.plans import Masks
 from secateur.scores.weights import lamp_scores, obs_scores, ria_scores, wanda_scores
@@ -346,3 +349,26 @@ def test_densities_of_the_named_methods(method: str, checkpoint: Checkpoints, tm
     assert all(kept.values())
     assert len({round(kept[n] / sizes[n], 3) for n in kept}) > 1
     assert result.achieved["params"] == result.achieved["params_before"]
+
+
+def test_no_inputs_are_kept_of_a_block_that_is_rewritten(
+    checkpoint: Checkpoints, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix changes, so that no later run could use them; keeping them gives the same bits."""
+    kept: list[str] = []
+    place = Readers._place
+
+    def watched(self: Readers, role: str, *rest: Any) -> Tensor | None:
+        kept.append(role)
+        return place(self, role, *rest)
+
+    monkeypatch.setattr(Readers, "_place", watched)
+    options = {"model": checkpoint(), "method": "sparsegpt", "options": {"sparsity": 0.5}, "data": notes}
+    written = []
+    for rewrites in (True, False):
+        monkeypatch.setattr(Elementwise, "rewrites", rewrites)
+        output = tmp_path / str(rewrites)
+        secateur.prune(**options, samples=8, length=32, output=output)
+        written.append((output / "model.safetensors").read_bytes())
+        assert bool(kept) != rewrites
+    assert written[0] == written[1]
