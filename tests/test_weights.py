@@ -22,8 +22,8 @@ from secateur.budgets.thresholds import ranked_counts
 from secateur.cuts.masks import best, parse_pattern
 from secateur.engine.readers import Readers
 from secateur.errors import RequestError
-from secateur.methods.elementwise import Elementwise
 from secateur.mends.obs import obs_sweep, shares_of
+from secateur.methods.elementwise import Elementwise
 from secateur.plans import Masks
 from secateur.scores.weights import lamp_scores, obs_scores, ria_scores, wanda_scores
 
