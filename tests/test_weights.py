@@ -372,3 +372,12 @@ def test_no_inputs_are_kept_of_a_block_that_is_rewritten(
         written.append((output / "model.safetensors").read_bytes())
         assert bool(kept) != rewrites
     assert written[0] == written[1]
+
+
+def test_a_matrix_that_saw_nothing_goes_by_magnitude() -> None:
+    """An expert without tokens keeps as many weights as any other, and as they are."""
+    weight = _random(0, 6, 30)
+    share = shares_of(90, 30)
+    new, mask = obs_sweep(weight, torch.zeros(30, 30, dtype=DOUBLE), lambda s, a, b: best(s, share(a, b)), width=30)
+    assert torch.equal(mask, best(weight.abs(), 90))
+    assert torch.equal(new, weight * mask)

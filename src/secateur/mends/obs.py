@@ -28,7 +28,7 @@ def obs_sweep(
 
     With U the upper Cholesky factor of the damped H^-1, a weight that goes leaves the error e = w / U_jj, which the
     columns behind take over as -e U_j,: (SparseGPT, arXiv:2301.00774, alg. 1). Computed in float32 (float64 for float64
-    weights), as the paper's code does. Inputs that were never seen lose their weights for nothing.
+    weights), as the paper's code does. Weights of inputs that were never seen go first, at no loss.
 
     Args:
         weight: W, [out, in].
@@ -52,10 +52,10 @@ def obs_sweep(
     factor, _ = ridge_factor(hessian, damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     # columns of W as rows, each in one piece of memory
-    rows = weight.to(wide).masked_fill(dead.to(weight.device), 0).t()[order.to(weight.device)].contiguous()
+    rows = weight.to(wide).t()[order.to(weight.device)].contiguous()
     stays = torch.zeros_like(rows, dtype=torch.bool)
     diagonal = upper.diagonal().to(rows)
-    upper = upper.to(rows)
+    upper, silent = upper.to(rows), dead[order].to(rows.device)
     for first in range(0, len(rows), width):
         last = min(first + width, len(rows))
         errors = torch.zeros_like(rows[first:last])
@@ -63,6 +63,8 @@ def obs_sweep(
             if (column - first) % (step or width) == 0:
                 end = min(column + (step or width), last)
                 scores = (rows[column:end] / diagonal[column:end, None]).square().t()
+                # below all that were seen, and among themselves by size: an expert without tokens goes by magnitude
+                scores = torch.where(silent[column:end], -1 / (1 + scores), scores)
                 stays[column:end] = choose(scores, column, end).t()
             before = rows[column].clone()
             after = before.masked_fill(~stays[column], 0)
