@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -35,6 +35,16 @@ class Factors:
         core[self.mask] = self.values.double()
         return wrapped(self.left.double(), core, self.right.double())
 
+    @property
+    def parameters(self) -> int:
+        """Numbers that are stored."""
+        return self.left.numel() + self.values.numel() + self.right.numel()
+
+    @property
+    def bytes(self) -> int:
+        """What they and one bit for every weight take."""
+        return self.parameters * self.values.element_size() + math.ceil(self.mask.numel() / 8)
+
     def named(self, matrix: str) -> dict[str, Tensor]:
         """What is stored, by the name of the matrix and of the part."""
         return {f"{matrix}.{part.name}": getattr(self, part.name) for part in fields(self)}
@@ -43,6 +53,11 @@ class Factors:
     def of(cls, tensors: Mapping[str, Tensor], matrix: str) -> Factors:
         """A matrix from what ``named`` gave."""
         return cls(**{part.name: tensors[f"{matrix}.{part.name}"] for part in fields(cls)})
+
+    @staticmethod
+    def matrices(tensors: Iterable[str]) -> list[str]:
+        """Names of the matrices among the names of stored parts."""
+        return [name.removesuffix(".mask") for name in tensors if name.endswith(".mask")]
 
 
 def wrapped(left: Tensor, core: Tensor, right: Tensor) -> Tensor:

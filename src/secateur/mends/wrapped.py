@@ -226,7 +226,7 @@ class Descent:
         squares, inner, slope, core, mask = self._quadratic()
         choices, size = self._choices(inner), self.supports.shape[1]
         groups = inner.shape[-1] // size
-        split = [each.unflatten(-1, (groups, size)).flatten(2, 3) for each in (core, mask, slope)]
+        split = [each.reshape(*core.shape[:2], -1, size) for each in (core, mask, slope)]  # [J, K, rows * groups, M]
         strength = split[2].abs().sum(-1).clamp(min=1e-30).flatten(0, 1)
         drawn = torch.multinomial(strength.cpu(), 1, generator=generator).to(core.device).view(core.shape[:2])
         row, group = drawn // groups, drawn % groups
@@ -234,15 +234,10 @@ class Descent:
         old, kept, here = (each.gather(2, where)[:, :, 0] for each in split)
         column = torch.arange(core.shape[1], device=core.device)[None]
         own = squares.diagonal(dim1=-2, dim2=-1).gather(1, row)
-        diagonal = inner.unflatten(-1, (groups, size)).unflatten(-3, (groups, size)).diagonal(dim1=-4, dim2=-2)
-        new, stays = self._best(
-            old, kept, here, own, diagonal.permute(0, 3, 1, 2)[column, group], choices[column, group]
-        )
-        core, mask = (
-            each.scatter(2, where, some[:, :, None]) for each, some in zip(split[:2], (new, stays), strict=True)
-        )
-        parts = (each.unflatten(2, (self.rows, groups)).flatten(3) for each in (core, mask))
-        core, mask = (self._joined(each) for each in parts)
+        diagonal = self._groups(inner)[column, group]
+        new, stays = self._best(old, kept, here, own, diagonal, choices[column, group])
+        changed = [split[0].scatter(2, where, new[:, :, None]), split[1].scatter(2, where, stays[:, :, None])]
+        core, mask = (self._joined(each.view(core.shape)) for each in changed)
         self.state = replace(self.state, core=core, mask=mask)
 
     def _quadratic(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -269,14 +264,19 @@ class Descent:
 
     def _choices(self, inner: Tensor) -> Tensor:
         """For every group and support T, (Q_TT + damping)^-1 with zeros around it: [K, groups, supports, M, M]."""
-        size = self.supports.shape[1]
-        groups = inner.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(dim1=-4, dim2=-2)
-        groups = groups.permute(0, 3, 1, 2)[:, :, None]  # [K, groups, 1, M, M]
+        size, groups = self.supports.shape[1], self._groups(inner)[:, :, None]
         mean = groups.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)[..., None, None]
         both = self.supports[:, :, None] & self.supports[:, None, :]
         outside = torch.diag_embed((~self.supports).to(inner))
         ridge = self.damping * mean * torch.eye(size, dtype=inner.dtype, device=inner.device)
-        return torch.linalg.inv((groups + ridge) * both / mean + outside) * both / mean
+        inverse: Tensor = torch.linalg.inv((groups + ridge) * both / mean + outside)
+        return inverse * both / mean
+
+    def _groups(self, inner: Tensor) -> Tensor:
+        """What lies on the diagonal of Q, group by group: [K, groups, M, M]."""
+        size = self.supports.shape[1]
+        split = inner.view(len(inner), -1, size, inner.shape[-1] // size, size)
+        return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
     def _best(
         self, old: Tensor, kept: Tensor, slope: Tensor, own: Tensor, diagonal: Tensor, choices: Tensor
@@ -307,4 +307,5 @@ def _solved(squares: Tensor, sides: Tensor, damping: float) -> Tensor:
     """(G + damping mean(diag G))^-1 Y of symmetric [..., n, n]."""
     mean = squares.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-30)
     ridge = (damping * mean)[..., None, None] * torch.eye(squares.shape[-1], dtype=squares.dtype, device=squares.device)
-    return torch.linalg.solve(squares + ridge, sides)
+    found: Tensor = torch.linalg.solve(squares + ridge, sides)
+    return found

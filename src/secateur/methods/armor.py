@@ -98,6 +98,16 @@ class Armor(Method):
             budget.require_weights(dense, kept, f"pattern {self.pattern} with its wrappers")
         return budget.sizes
 
+    def foreseen(self, budget: Budget) -> dict[str, int]:
+        stored = self.stored(budget.architecture, budget.itemsize).values()
+        params, size = budget.costs.params(budget.sizes), budget.costs.bytes(budget.sizes)
+        return {
+            "factored_params": params - sum(each.dense - each.parameters for each in stored),
+            "factored_bytes": size - sum(each.dense_bytes - each.bytes for each in stored),
+            "factored_params_before": params,
+            "factored_bytes_before": size,
+        }
+
     def stored(self, architecture: Architecture, itemsize: int) -> dict[str, Stored]:
         """What every matrix will take, from the shapes alone."""
         pattern, found = parse_pattern(self.pattern), {}
@@ -162,8 +172,8 @@ class Armor(Method):
             if not bool((gram.diagonal() > 0).any()):
                 gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # an expert that saw nothing
             start, mask = obs_sweep(weight, gram, lambda s, *_: best(s, 0, pattern=pattern), step=pattern.of)
-            ones = [weight.new_ones(side) for side in weight.shape]
-            return Descent(weight, gram, start, mask, pattern, block, self.damping), *ones
+            descent = Descent(weight, gram, start, mask, pattern, block, self.damping)
+            return descent, weight.new_ones(weight.shape[0]), weight.new_ones(weight.shape[1])
         squares = squares_of(view, matrix, evidence).to(weight)
         seen = squares > 0
         squares = torch.where(seen, squares, squares[seen].mean() if bool(seen.any()) else 1.0)
