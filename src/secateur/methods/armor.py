@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from secateur.budgets import Budget
@@ -70,6 +70,12 @@ class Armor(Method):
     steps: PositiveInt = Field(3000, description="adam: steps, at most")
     rate: PositiveFloat = Field(1e-4, description="adam: learning rate")
     damping: PositiveFloat = Field(1e-6, description="ridge of every least-squares step over the mean of its diagonal")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.sparsity is not None:
+            raise ValueError(f"pattern {self.pattern} says by itself what every matrix keeps: leave sparsity")
+        return self
 
     @property
     def sized(self) -> bool:
