@@ -43,7 +43,7 @@ class Armor(Method):
     paper = "arXiv:2510.05528"
     data = "text"
     output = "factors"
-    group = "unstructured"
+    group = "factors"
 
     pattern: Annotated[PatternName, AfterValidator(_few_supports)] = Field(
         "2:4", description="N:M, of the core: N of every M consecutive inputs stay; the pattern is the size"
@@ -136,14 +136,14 @@ class Armor(Method):
             "bytes without wrappers": sum(each.plain_bytes for each in stored),
             "bytes dense": sum(each.dense_bytes for each in stored),
         }
-        seed = int(torch.randint(2**31, (), generator=study.generator))
-        return Plan(sizes, sizes, notes={"factors": notes, "seed": seed})
+        seed = {"seed": int(torch.randint(2**31, (), generator=study.generator))} if self.seeded else {}
+        return Plan(sizes, sizes, notes={"factors": notes, **seed})
 
     def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:
         edits: dict[str, Tensor] = {}
         factors: dict[str, Tensor] = {}
         for number, matrix in enumerate(matrices_of(view.architecture, view.place, self.part)):
-            generator = torch.Generator().manual_seed(plan.notes["seed"] + number)
+            generator = torch.Generator().manual_seed(plan.notes.get("seed", 0) + number)
             found, losses = self.fitted(view, matrix, evidence, generator)
             edits[matrix.name] = found.product()
             factors |= {**found.named(matrix.name), f"{matrix.name}.{LOSSES}": losses}
@@ -153,8 +153,8 @@ class Armor(Method):
         self, view: BlockView, matrix: CanonicalTensor, evidence: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[Factors, Tensor]:
         """The factors of a matrix in its own data type, and the loss before and after, [2]."""
-        weight, stored = view.tensors[matrix.name].double(), view.tensors[matrix.name].dtype
-        descent, rows, columns = self._start(view, matrix, evidence, weight)
+        weight, stored = view.tensors[matrix.name], view.tensors[matrix.name].dtype
+        descent, rows, columns = self._start(view, matrix, evidence)
         before = descent.loss()
         for _ in self._run(descent, generator):
             pass
@@ -167,21 +167,24 @@ class Armor(Method):
         return found, torch.tensor([before, descent.loss()], dtype=torch.float64)
 
     def _start(
-        self, view: BlockView, matrix: CanonicalTensor, evidence: Mapping[str, Tensor], weight: Tensor
+        self, view: BlockView, matrix: CanonicalTensor, evidence: Mapping[str, Tensor]
     ) -> tuple[Descent, Tensor, Tensor]:
-        """The masked matrix to descend from, and what its rows and columns were divided by."""
-        pattern = parse_pattern(self.pattern)
+        """The masked matrix to descend from, and what its rows and columns were divided by; where the evidence is."""
+        pattern, weight = parse_pattern(self.pattern), view.tensors[matrix.name]
         block = self.side((weight.shape[0], weight.shape[1]))
         if self.proxy == "gram":
             key = input_key(view.architecture, matrix)
-            gram = evidence[f"{key}.gram"] / evidence[f"{key}.count"].clamp(min=1).to(weight)
+            gram = evidence[f"{key}.gram"]
+            gram = gram / evidence[f"{key}.count"].clamp(min=1).to(gram)
+            weight = weight.to(gram)
             if not bool((gram.diagonal() > 0).any()):
                 gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # an expert that saw nothing
             start, mask = obs_sweep(weight, gram, lambda s, *_: best(s, 0, pattern=pattern), step=pattern.of)
             descent = Descent(weight, gram, start, mask, pattern, block, self.damping)
             return descent, weight.new_ones(weight.shape[0]), weight.new_ones(weight.shape[1])
-        squares = squares_of(view, matrix, evidence).to(weight)
-        seen = squares > 0
+        squares = squares_of(view, matrix, evidence)
+        weight = weight.to(squares)
+        seen = (squares > 0) & squares.isfinite()
         squares = torch.where(seen, squares, squares[seen].mean() if bool(seen.any()) else 1.0)
         scaled, rows, columns = normalised(weight)
         mask = best(scaled.square() * squares, 0, pattern=pattern)
