@@ -91,6 +91,10 @@ METHODS: dict[str, Row] = {
     "grasp": Row(),
     "d_pruner": Row(({},), ({"penalty": "step"}, {"allocation": "global"})),
     "gaprune": Row(({},), ({"literal": True}, {"part": "all"})),
+    "armor": Row(
+        ({"pattern": "2:4", "sweeps": 3},),
+        ({"pattern": "1:3", "proxy": "gram", "sweeps": 2}, {"pattern": "2:4", "optimiser": "adam", "steps": 5}),
+    ),
     "ria": Row(({},), ({"pattern": "4:8"},)),
     "stun": Row(
         ({}, {"similarity": "mix", "representative": "busiest"}),
@@ -154,15 +158,15 @@ class Cell:
         return made
 
     @property
-    def zeros(self) -> bool:
-        """Whether weights go one by one, and zeros stand in their place."""
-        return make_method(self.method, self.options).output == "zeros"
+    def output(self) -> str:
+        """Kind of the result; with ``zeros`` and ``factors`` no unit goes."""
+        return make_method(self.method, self.options).output
 
     @property
     def refused(self) -> str:
         """Why the layout has to refuse; empty where it does not."""
         row = METHODS.get(self.method, Row())
-        if self.zeros:
+        if self.output in ("zeros", "factors"):
             return ""
         if row.not_native and self.layout == "native":
             return row.not_native
@@ -334,7 +338,7 @@ def check_counts(result: PruneResult, output: Path) -> None:
                 on_disk += 0 if repeated or buffer else torch.Size(handle.get_slice(name).get_shape()).numel()
     assert result.achieved["params"] == on_disk
     assert result.achieved["bytes"] == sum(f.stat().st_size for f in output.glob("*.safetensors"))
-    if "nonzero" not in result.achieved:
+    if not {"nonzero", "factored_params"} & set(result.achieved):
         assert result.achieved["params"] < result.achieved["params_before"]
 
 
@@ -395,7 +399,7 @@ def run_cell(cell: Cell, folder: Path) -> str:
     plan, digest = plan_of(model, folder / "planned", **options)
     check_masked(model, output, cell.family, plan)
     check_counts(result, output)
-    if cell.zeros:
+    if cell.output == "zeros":
         check_zeros(result, model, output, plan)
     check_record(output, digest)
     secateur.prune(model, output=folder / "again", **options)

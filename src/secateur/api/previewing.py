@@ -110,6 +110,7 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         achieved |= {"nonzero": costs.params(after) - zeros, "nonzero_before": costs.params(dense)}
         if request.format != "dense":
             achieved["bytes"] = _packed_estimate(checkpoint, method, zeros)
+    achieved |= {} if request.is_copy else method.foreseen(budget)
     sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS if dense.size(kind)}
     loads = loads_in(checkpoint.architecture.family, dense, after, request.layout)
     return {

@@ -22,9 +22,9 @@ from secateur.engine.prepare import Prepared, prepare
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
-from secateur.engine.run import Run, requested
+from secateur.engine.run import LEARNED, Run, requested
 from secateur.inference import open_checkpoint
-from secateur.meters.counts import count_parts
+from secateur.meters.counts import count_parts, factored
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
 from secateur.meters.perplexity import Text, fits, perplexity
@@ -152,6 +152,8 @@ def _cut(
     record = run.write(plan)
     result = Checkpoint.open(run.result, prepared.checkpoint.architecture.origin)
     achieved = achieved_of(prepared.checkpoint, result, prepared.method.output == "zeros")
+    if prepared.method.output == "factors":
+        achieved = factored(achieved, run.result / LEARNED)
     figures = None if text is None else _perplexities(prepared, result, text, progress)
     speed = _speeds(prepared, result) if text is not None else None
     write_card(run.result, record, achieved)

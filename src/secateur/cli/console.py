@@ -84,7 +84,9 @@ def _counts(achieved: dict[str, Any]) -> Table:
     for key, label in (
         ("params", "parameters"),
         ("nonzero", "not zero"),
+        ("factored_params", "parameters as factors"),
         ("bytes", "bytes"),
+        ("factored_bytes", "bytes as factors"),
         ("flops_per_token", "FLOPs per token"),
         ("kv_bytes_per_token", "KV bytes per token"),
     ):

@@ -24,7 +24,7 @@ from secateur.engine.walk import Walk
 from secateur.families import Architecture, Block, place_name
 from secateur.methods.base import Method
 from secateur.methods.charts import score_charts
-from secateur.plans import Edits, Masks, Mend, Overlay, Plan
+from secateur.plans import Edits, FactorFiles, Masks, Mend, Overlay, Plan
 from secateur.plans.plan import file_digest
 from secateur.spaces import BlockView
 
@@ -54,7 +54,7 @@ class MendSweep:
         self._fisher = fisher
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
         self.journal, self.progress, self.dense = journal, progress, dense
-        self._edits, self._masks = Edits(folder), Masks(folder)
+        self._edits, self._masks, self._factors = Edits(folder), Masks(folder), FactorFiles(folder)
         self._done = {r["block"] for r in journal.done("mend") if self._digests(r["block"]) == r["sha256"]}
 
     @property
@@ -67,7 +67,8 @@ class MendSweep:
     def _digests(self, block: Block) -> list[str]:
         path = self._kept_file(block)
         kept = file_digest(path) if path.is_file() else ""
-        return [self._edits.digest(place_name(block)), self._masks.digest(place_name(block)), kept]
+        files = (self._edits, self._masks, self._factors)
+        return [*(each.digest(place_name(block)) for each in files), kept]
 
     def run(
         self, plan: Plan, ids: Tensor, runner: Callable[[Checkpoint], BlockRunner], known: Mapping[str, Tensor]
@@ -113,8 +114,14 @@ class MendSweep:
                     kind, _, space = name.partition(".")
                     found.setdefault(kind, {})[space] = tensor
         charts = score_charts(found["score"], found["kept"]) if found["score"] else ()
-        edits, masks = Edits(self.folder), Masks(self.folder)
-        return replace(plan, kept=found["kept"], edits=edits, masks=masks, charts=(*plan.charts, *charts))
+        return replace(
+            plan,
+            kept=found["kept"],
+            edits=Edits(self.folder),
+            masks=Masks(self.folder),
+            factors=FactorFiles(self.folder),
+            charts=(*plan.charts, *charts),
+        )
 
     def _fisher_of(self, block: int) -> dict[str, Tensor]:
         return {} if self._fisher is None else self._fisher.of(block)
@@ -174,6 +181,8 @@ class MendSweep:
         self._edits.write(place_name(block), wide)
         if mend.masks:
             self._masks.write(place_name(block), mend.masks)
+        if mend.factors:
+            self._factors.write(place_name(block), mend.factors)
         parts = {f"kept.{name}": units.contiguous().cpu() for name, units in mend.kept.items()}
         parts.update({f"score.{name}": values.contiguous().cpu() for name, values in mend.scores.items()})
         save_file(parts or {"none": torch.zeros(0)}, self._kept_file(block))

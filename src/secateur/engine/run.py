@@ -27,7 +27,7 @@ from secateur.errors import InternalError, refuse
 from secateur.families import Architecture, resized
 from secateur.families.loading import loads_in
 from secateur.families.resizing import layer_record, modeling_file
-from secateur.plans import Artifact, Plan
+from secateur.plans import Artifact, FactorFiles, Plan
 from secateur.version import __version__
 
 LEARNED: Final = "learned"
@@ -148,6 +148,9 @@ class Run:
         for name, artifact in plan.artifacts.items():
             (self.result / LEARNED).mkdir(exist_ok=True)  # apart: runtimes take every *.safetensors beside the weights
             artifact.save(self.result / LEARNED, name)
+        if len(plan.factors):
+            (self.result / LEARNED).mkdir(exist_ok=True)
+            FactorFiles(self.result / LEARNED).write_all(plan.factors)
         if not self.journal.newer("verified", than="cut"):
             self.progress.start("verify", 1)
             self._write_resize(target)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import torch
 
 from secateur.checkpoints import Checkpoint
+from secateur.cuts.factors import Factors
 from secateur.engine.prepare import costs_of
 from secateur.families.roles import MATRICES, NORMS, TABLES
+from secateur.plans import FactorFiles
 
 Counts = dict[str, int]
 PARTS: Final = ("embedding", "attention", "FFN", "norms", "shortcuts", "head", "other")
@@ -34,8 +37,25 @@ def nonzero(checkpoint: Checkpoint) -> int:
     return checkpoint.params - zeros
 
 
+def factored(achieved: Counts, folder: Path) -> Counts:
+    """Counts before and after, and those with some matrices as the factors in a folder instead of multiplied out."""
+    files = FactorFiles(folder)
+    found = {f"factored_{key}": achieved[key] for key in ("params", "bytes")}
+    for name in Factors.matrices(files):
+        each = Factors.of(files, name)
+        found["factored_params"] += each.parameters - each.mask.numel()
+        found["factored_bytes"] += each.bytes - each.mask.numel() * each.values.element_size()
+    before = {f"factored_{key}_before": achieved[f"{key}_before"] for key in ("params", "bytes")}
+    return {**achieved, **found, **before}
+
+
 def remaining(achieved: Counts) -> int:
-    """Parameters that are left, given counts before and after: without the zeros that stand in place of what went."""
+    """Parameters that are left, given counts before and after: without the zeros that stand in place of what went.
+
+    Matrices that are kept as factors count as these.
+    """
+    if "factored_params" in achieved:
+        return achieved["factored_params"]
     return achieved["params"] - (achieved["nonzero_before"] - achieved["nonzero"] if "nonzero" in achieved else 0)
 
 

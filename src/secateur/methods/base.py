@@ -30,7 +30,8 @@ WORTH: Mapping[Output, str] = {
     "dense": "a stock checkpoint, smaller and faster everywhere",
     "dense-per-layer": "a checkpoint whose layers differ, loaded with the bundled modelling file",
     "zeros": "zeros in place: the same bytes, and on CPUs the same speed; --format bitmask packs them on disk",
-    "factors": "factored matrices",
+    "factors": "factored matrices, multiplied out for evaluation: the weights are as large as before, the factors lie "
+    "beside them",
     "runtime": "a policy that acts at run time",
     "index": "an index list",
 }
@@ -260,6 +261,10 @@ class Method(BaseModel):
     def zeros(self, budget: Budget) -> int:
         """How many weights become zero where they stand."""
         return 0
+
+    def foreseen(self, budget: Budget) -> dict[str, int]:
+        """Counts before and after that follow from no sizes, as ``achieved`` will name them."""
+        return {}
 
     def score(self, view: BlockView, evidence: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summaries of one place, most often one number per unit of a space, higher = keep."""

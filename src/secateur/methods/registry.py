@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
     "adapt_pruner": "secateur.methods.adapt_pruner:AdaptPruner",
+    "armor": "secateur.methods.armor:Armor",
     "bits_back": "secateur.methods.bits_back:BitsBack",
     "blockpruner": "secateur.methods.blockpruner:BlockPruner",
     "cfsp": "secateur.methods.cfsp:Cfsp",

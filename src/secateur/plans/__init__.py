@@ -2,6 +2,17 @@
 
 from secateur.plans.chart import Chart, points_of
 from secateur.plans.lazy import PlaceAtATime
-from secateur.plans.plan import Artifact, Edits, Masks, Mend, Overlay, Plan
+from secateur.plans.plan import Artifact, Edits, FactorFiles, Masks, Mend, Overlay, Plan
 
-__all__ = ["Artifact", "Chart", "Edits", "Masks", "Mend", "Overlay", "PlaceAtATime", "Plan", "points_of"]
+__all__ = [
+    "Artifact",
+    "Chart",
+    "Edits",
+    "FactorFiles",
+    "Masks",
+    "Mend",
+    "Overlay",
+    "PlaceAtATime",
+    "Plan",
+    "points_of",
+]

@@ -80,16 +80,18 @@ class Mend:
         edits: canonical tensors of the place that take the source's place, as in a plan.
         scores: the numbers behind ``kept``, one per unit, by space: drawn in the report.
         masks: which of its weights stay, as in a plan.
+        factors: of its edits, as in a plan.
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class PlaceFiles(Mapping[str, Tensor]):
-    """Canonical tensors in a folder, one file per place, each loaded when it is asked for."""
+    """Canonical tensors in a folder, one file per place, each loaded when it is asked for; of masks, one bit each."""
 
     pattern: ClassVar[str]
 
@@ -140,10 +142,15 @@ class PlaceFiles(Mapping[str, Tensor]):
 
     def _stored(self, tensor: Tensor) -> Tensor:
         """A tensor as it lies in the file."""
+        if tensor.dtype == torch.bool:
+            return torch.from_numpy(np.packbits(tensor.cpu().flatten().numpy()))
         return tensor.cpu().contiguous()
 
     def _loaded(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
         """What ``_stored`` was given."""
+        if stored.dtype == torch.uint8:
+            bits = np.unpackbits(stored.numpy(), count=prod(shape))
+            return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
         return stored.view(tuple(shape))
 
 
@@ -154,16 +161,15 @@ class Edits(PlaceFiles):
 
 
 class Masks(PlaceFiles):
-    """Boolean masks, one bit each on disk."""
+    """Boolean masks."""
 
     pattern = "plan-masks-{place}.safetensors"
 
-    def _stored(self, tensor: Tensor) -> Tensor:
-        return torch.from_numpy(np.packbits(tensor.cpu().flatten().numpy()))
 
-    def _loaded(self, stored: Tensor, shape: Sequence[int]) -> Tensor:
-        bits = np.unpackbits(stored.numpy(), count=prod(shape))
-        return torch.from_numpy(bits.view(np.bool_)).view(tuple(shape))
+class FactorFiles(PlaceFiles):
+    """Parts of matrices that are kept as factors, named as ``secateur.cuts.factors`` says."""
+
+    pattern = "factors-{place}.safetensors"
 
 
 class Overlay(Mapping[str, Tensor]):
@@ -222,6 +228,8 @@ class Plan:
             computes what the pruned one does. A name the source does not have is a tensor the pruned model adds.
         masks: which weights of a matrix stay, bool in its shape there, by canonical name; the others become zero, after
             the edits. The rest of the matrices stays whole.
+        factors: what the edits of some matrices are the products of, by the name of the matrix and of the part; saved
+            into the output folder.
         counts: how many weights of a matrix stay, by canonical name: decided before the masks are.
         notes: what the method wants the report to say, JSON-able.
         charts: what it wants the report to draw.
@@ -234,6 +242,7 @@ class Plan:
     bases: Mapping[str, Tensor] = field(default_factory=dict)
     edits: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     artifacts: Mapping[str, Artifact] = field(default_factory=dict)
@@ -291,7 +300,8 @@ class Plan:
             writer = TensorWriter(folder, headers, index=False)
             for name in self.bases:
                 writer.write(name, self.bases[name])
-        for changes, files in ((self.edits, Edits(folder)), (self.masks, Masks(folder))):
+        kinds = ((self.edits, Edits(folder)), (self.masks, Masks(folder)), (self.factors, FactorFiles(folder)))
+        for changes, files in kinds:
             if not (isinstance(changes, PlaceFiles) and changes.folder == folder):
                 files.write_all(changes)
         (folder / "plan.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -301,7 +311,8 @@ class Plan:
     def digest(folder: Path) -> str:
         """SHA-256 over a saved plan."""
         sha = hashlib.sha256()
-        parts = [path for kind in (Edits, Masks) for path in sorted(folder.glob(kind.pattern.format(place="*")))]
+        kinds: tuple[type[PlaceFiles], ...] = (Edits, Masks, FactorFiles)
+        parts = [path for kind in kinds for path in sorted(folder.glob(kind.pattern.format(place="*")))]
         for path in (folder / "plan.safetensors", folder / "plan.json", folder / _BASES, *parts):
             if path.is_file():
                 sha.update(bytes.fromhex(file_digest(path)))
@@ -320,6 +331,7 @@ class Plan:
             bases=_bases_in(folder / _BASES) if (folder / _BASES).is_file() else {},
             edits=Edits(folder),
             masks=Masks(folder),
+            factors=FactorFiles(folder),
             counts=record["counts"],
             notes=record["notes"],
             charts=[Chart.from_dict(chart) for chart in record["charts"]],

@@ -86,7 +86,9 @@ def counts_table(achieved: dict[str, int]) -> Table:
     labels = {
         "params": "parameters",
         "nonzero": "parameters that are not zero",
+        "factored_params": "parameters, with matrices as their factors",
         "bytes": "bytes of weight files",
+        "factored_bytes": "bytes, with matrices as their factors",
         "flops_per_token": "FLOPs per token",
         "kv_bytes_per_token": "key/value cache bytes per token",
     }
@@ -144,6 +146,7 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
             f"Unpacked: {loading[0].lower()}{loading[1:]}"
         )
     gone = "zero" if "nonzero" in achieved else "gone"
+    gone = "saved where the factors are kept instead of their products" if "factored_params" in achieved else gone
     text = f"""---
 library_name: transformers
 tags: [pruned, secateur]
@@ -279,6 +282,7 @@ def describe(facts: PruneFacts) -> Document:
         *closing(record, facts.run, Table(["of", "value"], hashes, "What the result follows from", numbers=False)),
     ]
     done = "put zeros in the place of" if "nonzero" in achieved else "removed"
+    done = "found factors (in learned/) that save" if "factored_params" in achieved else done
     lead = (
         f"{record['method']} {done} {share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "
         f"before, {remaining(achieved):,} after."
