@@ -1,4 +1,4 @@
-"""RIA: weights by their share of their row and of their column, times what they read (arXiv:2402.16515)."""
+"""RIA: weights by their share of their row and of their column, times what they read (ICLR 2024)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ria(Elementwise):
 
     name = "ria"
     title = "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models (RIA)"
-    paper = "arXiv:2402.16515"
+    paper = "ICLR 2024"
     data = "text"
     signals = "moments"
 

@@ -28,7 +28,8 @@ def methods_table() -> str:
     for name in method_names():
         facts = describe_method(name)
         paper = facts["paper"]
-        link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper else "-"
+        number = paper.removeprefix("arXiv:")
+        link = f"[{paper}](https://arxiv.org/abs/{number})" if number != paper else paper or "-"
         rows.append([f"[`{name}`](docs/methods/{name}.md)", facts["title"], link, facts["data"], facts["output"]])
     return table(["method", "title", "paper", "data", "output"], rows)
 

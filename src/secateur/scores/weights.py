@@ -20,7 +20,7 @@ def wanda_scores(weight: Tensor, squares: Tensor) -> Tensor:
 
 
 def ria_scores(weight: Tensor, squares: Tensor, power: float) -> Tensor:
-    """(|W_ij| / sum of column j + |W_ij| / sum of row i) * h_j^(power / 2) (RIA, arXiv:2402.16515 and its code).
+    """(|W_ij| / sum of column j + |W_ij| / sum of row i) * h_j^(power / 2) (RIA, ICLR 2024, and its code).
 
     Args:
         weight: W, [out, in].
