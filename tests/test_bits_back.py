@@ -438,7 +438,8 @@ def test_refusals(
     with pytest.raises(RequestError, match="more memory"):
         secateur.pack(sliced("llama"), out)
     monkeypatch.setattr("secateur.archives.stack.importlib.util.find_spec", lambda _: None)
-    for call in (lambda: secateur.pack(sliced("llama"), out), lambda: secateur.unpack(checkpoint("llama"), out)):
+    archive = checkpoint("llama") / "config.json"  # a file: a folder would be one of packed weights
+    for call in (lambda: secateur.pack(sliced("llama"), out), lambda: secateur.unpack(archive, out)):
         with pytest.raises(RequestError, match=r"secateur\[entropy\]"):
             call()
     assert list(tmp_path.iterdir()) == []
