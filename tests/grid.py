@@ -262,7 +262,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
     """Keyword arguments of the prune of a cell; writes the calibration text where the method needs one."""
     found: dict[str, Any] = {
         "method": cell.method,
-        "ratio": None if "pattern" in cell.options else RATIOS.get(cell.kind, _RATIO),
+        "ratio": None if make_method(cell.method, cell.options).sized else RATIOS.get(cell.kind, _RATIO),
         "options": dict(cell.options),
         "layout": cell.layout,
     }

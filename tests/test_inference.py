@@ -281,8 +281,7 @@ def test_every_door_opens_an_unknown_type(arcee: Path, tmp_path: Path, held_out:
     assert result.achieved["params"] == found["achieved"]["params"]
     figures = secateur.evaluate(tmp_path / "out", text=held_out, context=32, against=arcee, progress=notes)
     assert figures["params"] < figures["against"]["params"]
-    assert all("no family file: inferred and verified" in line for line in notes.lines)
-    assert len(notes.lines) == 4
+    assert sum("no family file: inferred and verified" in line for line in notes.lines) == 4
 
 
 def test_inspect_writes_the_family_file_and_reads_it(arcee: Path, tmp_path: Path) -> None:
