@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal, Self
 
@@ -16,6 +17,7 @@ from secateur.families import Architecture, CanonicalTensor, Sizes
 from secateur.mends.obs import obs_sweep
 from secateur.mends.wrapped import Descent, normalised, supports
 from secateur.methods.base import Method, Study
+from secateur.methods.charts import density_chart
 from secateur.methods.elementwise import squares_of
 from secateur.plans import Mend, Plan
 from secateur.spaces import BlockView
@@ -127,7 +129,13 @@ class Armor(Method):
         return self.block or largest_block(shape, self.share, _LARGEST_BLOCK, parse_pattern(self.pattern).of)
 
     def decide(self, study: Study) -> Plan:
-        sizes, stored = study.budget.sizes, self.stored(study.budget.architecture, study.budget.itemsize).values()
+        sizes, architecture = study.budget.sizes, study.budget.architecture
+        by_name = self.stored(architecture, study.budget.itemsize)
+        stored = by_name.values()
+        shares = {
+            architecture.tensors[name]: each.parameters / math.prod(architecture.shapes[name])
+            for name, each in by_name.items()
+        }
         notes = {
             "pattern": self.pattern,
             "parameters": sum(each.parameters for each in stored),
@@ -137,7 +145,7 @@ class Armor(Method):
             "bytes dense": sum(each.dense_bytes for each in stored),
         }
         seed = {"seed": int(torch.randint(2**31, (), generator=study.generator))} if self.seeded else {}
-        return Plan(sizes, sizes, notes={"factors": notes, **seed})
+        return Plan(sizes, sizes, notes={"factors": notes, **seed}, charts=(density_chart(shares),))
 
     def mend(self, view: BlockView, evidence: Mapping[str, Tensor], plan: Plan, stage: int) -> Mend:
         edits: dict[str, Tensor] = {}
