@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from secateur.archives import sparse
+from secateur.checkpoints.patterns import information_bits
 from secateur.deltas.packing import stored_values
 from secateur.deltas.rescale import analytic_q, q_grid, sub_gaussian
 from secateur.deltas.search import coarse_to_fine
@@ -38,12 +39,12 @@ def test_gaps_come_close_to_the_bound(share: float) -> None:
     size = 2**20
     indices = sparse.random_indices(size, int(share * size), 3)
     code, _ = sparse.pack_gaps(indices)
-    assert 8 * len(code) <= 1.03 * sparse.information_bits(size, len(indices)) + 64
+    assert 8 * len(code) <= 1.03 * information_bits(size, len(indices)) + 64
 
 
 def test_the_bound_counts_subsets() -> None:
     for size, count in ((10, 3), (7, 7), (5, 0), (40, 20)):
-        assert sparse.information_bits(size, count) == pytest.approx(math.log2(math.comb(size, count)), abs=1e-9)
+        assert information_bits(size, count) == pytest.approx(math.log2(math.comb(size, count)), abs=1e-9)
 
 
 def test_masks_of_a_seed_are_the_same_everywhere() -> None:

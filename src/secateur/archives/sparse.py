@@ -19,13 +19,6 @@ Code = NDArray[np.uint8]
 Coding = Literal["all", "bits", "gaps"]
 
 
-def information_bits(size: int, count: int) -> float:
-    """log2 of the number of ways to choose ``count`` of ``size``: what an arbitrary set costs at least."""
-    if not 0 < count < size:
-        return 0.0
-    return (math.lgamma(size + 1) - math.lgamma(count + 1) - math.lgamma(size - count + 1)) / math.log(2)
-
-
 # -- a bit for every entry ---------------------------------------------------------------------------------------------
 
 

@@ -140,5 +140,34 @@ def with_floor(
         settled |= {name: floors[name] for name in low}
 
 
+def by_unit(
+    shapes: Mapping[str, Shape],
+    units: Sequence[Sequence[str]],
+    total: int,
+    weights: Sequence[float],
+    floors: Sequence[int],
+) -> Counts:
+    """Counts of units by :func:`fill`, and inside a unit the same share of every matrix.
+
+    Args:
+        shapes: of all matrices.
+        units: names of those that share a count.
+        total: weights that stay.
+        weights, floors: of the units.
+    """
+    caps = {str(unit): size for unit, size in enumerate(unit_sizes(shapes, units))}
+    filled = fill(dict(zip(caps, weights, strict=True)), caps, total, dict(zip(caps, floors, strict=True)))
+    counts: Counts = {}
+    for names, count in zip(units, filled.values(), strict=True):
+        counts |= uniform({name: shapes[name] for name in names}, count)
+    return counts
+
+
+def unit_sizes(shapes: Mapping[str, Shape], units: Sequence[Sequence[str]]) -> list[int]:
+    """Weights of every unit of matrices."""
+    sizes = _sizes(shapes)
+    return [sum(sizes[name] for name in names) for names in units]
+
+
 def _sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     return {name: shape[0] * shape[1] for name, shape in shapes.items()}

@@ -13,7 +13,7 @@ All work is done in pieces: beside the tensor and its stored form, memory for a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import comb, lgamma, log, log2, prod
+from math import comb, log2, prod
 from typing import Annotated, Any, Final, Literal, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from secateur.checkpoints.patterns import (
     Bytes,
     field_bytes,
+    information_bits,
     pack_digits,
     pack_fields,
     pattern_bytes,
@@ -279,7 +280,7 @@ def bound(form: Form | None, elements: int, nonzeros: int, itemsize: int) -> flo
     if isinstance(form, Pattern):
         ways = form.groups * log2(comb(form.of, form.keep))
     else:
-        ways = (lgamma(elements + 1) - lgamma(nonzeros + 1) - lgamma(elements - nonzeros + 1)) / log(2)
+        ways = information_bits(elements, nonzeros)
     return nonzeros * itemsize + ways / 8
 
 

@@ -8,7 +8,7 @@ one number in base C(M, N).
 from __future__ import annotations
 
 from functools import cache
-from math import comb, log2
+from math import comb, lgamma, log, log2
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,13 @@ Bytes = NDArray[np.uint8]
 _FIELDS = 2**16  # worked on at a time; a multiple of 8, so that a piece ends with a whole byte
 _TABLE = 2**16  # patterns of which a table is made
 _WIDEST = 63  # bits of a field
+
+
+def information_bits(size: int, count: int) -> float:
+    """log2 of the number of ways to choose ``count`` of ``size``: what an arbitrary set costs at least."""
+    if not 0 < count < size:
+        return 0.0
+    return (lgamma(size + 1) - lgamma(count + 1) - lgamma(size - count + 1)) / log(2)
 
 
 def pack_fields(values: NDArray[np.generic], width: int) -> Bytes:

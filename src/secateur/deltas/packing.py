@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from secateur.archives.delta_file import Companion, DeltaHeader, DeltaWriter, Rows, Sparse
-from secateur.archives.sparse import information_bits, pack_indices
+from secateur.archives.sparse import pack_indices
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import companions_of
+from secateur.checkpoints.patterns import information_bits
 from secateur.deltas.options import VALUES
 from secateur.deltas.rescale import Rescale
 from secateur.deltas.sources import Adapter

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.archives.sparse import Indices, random_indices
+from secateur.cuts.masks import best
+from secateur.methods.base import keep_best
 
 Axis = Literal[0, 1] | None
 
@@ -83,8 +85,7 @@ def random_choice(size: int, count: int, seed: int, axis: Axis = None) -> Select
 
 def best_units(scores: Tensor, count: int, axis: Axis = None) -> Selection:
     """Those of the highest scores, of equals the first."""
-    order = torch.sort(scores, descending=True, stable=True).indices[:count]
-    return Selection(scores.numel(), np.sort(order.cpu().numpy()).astype(np.int64), axis)
+    return Selection(scores.numel(), keep_best(scores, count).cpu().numpy().astype(np.int64), axis)
 
 
 def best_entries(scores: Tensor, count: int, by_row: bool) -> Selection:
@@ -96,15 +97,5 @@ def best_entries(scores: Tensor, count: int, by_row: bool) -> Selection:
         by_row: the same number in every row; where the count does not divide, the rows whose next entry scores highest
             keep one more.
     """
-    if not by_row:
-        return best_units(scores.reshape(-1), count)
-    rows, columns = scores.shape
-    each, more = divmod(count, rows)
-    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
-    kept = torch.zeros(rows, columns, dtype=torch.bool, device=scores.device)
-    kept.scatter_(1, order[:, :each], True)
-    if more:
-        ahead = order[:, each : each + 1]
-        chosen = torch.sort(scores.gather(1, ahead)[:, 0], descending=True, stable=True).indices[:more]
-        kept[chosen, ahead[chosen, 0]] = True
-    return Selection(rows * columns, np.flatnonzero(kept.cpu().numpy().reshape(-1)).astype(np.int64))
+    kept = best(scores, count, "row" if by_row else "matrix")
+    return Selection(scores.numel(), np.flatnonzero(kept.cpu().numpy().reshape(-1)).astype(np.int64))

@@ -153,7 +153,7 @@ class _Round:
             round=self._number,
             previous=self._previous,
             progress=progress,
-            store=store,
+            make_store=store,
         )
         if planning.ids is not None:
             study.make_trials, study.ids = self._trials, planning.ids

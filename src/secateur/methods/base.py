@@ -123,7 +123,6 @@ class Study:
         trials: losses and gradients of the network on the calibration text; only of methods with ``data``.
         ids: the calibration windows, [count, length]; empty without data.
         progress: report (done, of, what) of a long decision.
-        store: a place on disk for tensors as large as the model, by name; written and read place by place.
     """
 
     budget: Budget
@@ -137,7 +136,7 @@ class Study:
     make_trials_on: Callable[[str], Trials] | None = None
     ids: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     progress: Callable[[int, int, str], None] = lambda *_: None
-    store: Callable[[str], Edits] | None = None
+    make_store: Callable[[str], Edits] | None = None
     _last: BlockView | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -151,6 +150,12 @@ class Study:
         if self.make_trials_on is None:
             raise InternalError("no-trials", f"a trial on the {text} text", "the study was made without texts")
         return self.make_trials_on(text)
+
+    def store(self, name: str) -> Edits:
+        """A place on disk for tensors as large as the model; written and read place by place."""
+        if self.make_store is None:
+            raise InternalError("no-store", f"a place on disk for {name}", "the study was made without one")
+        return self.make_store(name)
 
     def block(self, place: Block) -> BlockView:
         """All tensors of a place; those of the last one stay."""

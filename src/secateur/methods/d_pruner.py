@@ -11,8 +11,9 @@ from torch import Tensor
 from secateur.families import place_name
 from secateur.mends import DAMPING
 from secateur.methods.base import Study
-from secateur.methods.domains import Domain, places_of
+from secateur.methods.domains import Domain
 from secateur.methods.ranked import summary_of
+from secateur.methods.saliency import places_of
 from secateur.plans import Edits
 from secateur.scores.weights import obs_scores
 from secateur.spaces import BlockView

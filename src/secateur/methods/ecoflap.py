@@ -33,20 +33,17 @@ class Ecoflap(Wanda):
         if self.shape.fixed:
             return super().counts(study)
         shapes, total = self.shapes(study.budget.architecture), self.kept(study.budget)
-        units = {str(i): names for i, names in enumerate(units_of(shapes, self.unit))}
-        caps = {unit: sum(shapes[name][0] * shapes[name][1] for name in names) for unit, names in units.items()}
+        units = units_of(shapes, self.unit)
+        sizes = densities.unit_sizes(shapes, units)
         study.trials.settle()
-        scores = {}
-        for number, (unit, names) in enumerate(units.items()):
+        scores = []
+        for number, names in enumerate(units):
             study.progress(number + 1, len(units), "importance")
-            scores[unit] = sum(self._shaken(study, names) for _ in range(self.draws))
-        least = max(0.0, total / sum(caps.values()) - self.room)
+            scores.append(sum(self._shaken(study, names) for _ in range(self.draws)))
+        least = max(0.0, total / sum(sizes) - self.room)
         # room below the mean for the least important one, as long as that leaves the exact total
-        floors = {unit: min(ceil(least * cap), cap) for unit, cap in caps.items()}
-        found: dict[str, int] = {}
-        for unit, count in densities.fill(scores, caps, total, floors).items():
-            found |= densities.uniform({name: shapes[name] for name in units[unit]}, count)
-        return found
+        floors = [min(ceil(least * size), size) for size in sizes]
+        return densities.by_unit(shapes, units, total, scores, floors)
 
     def _shaken(self, study: Study, names: list[str]) -> float:
         """|L(W + eps z) - L(W - eps z)| / 2 eps for one normal z: the size of the gradient, without one."""

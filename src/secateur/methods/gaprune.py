@@ -10,10 +10,11 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional
 
-from secateur.families import place_name
 from secateur.methods.base import Study
-from secateur.methods.domains import Domain, stored_gradients
+from secateur.methods.domains import Domain
+from secateur.methods.saliency import Moment, stored_gradients
 from secateur.plans import Edits
+from secateur.plans.lazy import OneAtATime
 from secateur.spaces.weights import Part
 
 _RANGE = (0.8, 1.2)
@@ -40,14 +41,14 @@ class GaPrune(Domain):
     literal: bool = Field(False, description="signals as the released code scales them")
 
     def saliencies(self, study: Study, weights: Mapping[str, Tensor], into: Edits) -> None:
-        own, own_squares = stored_gradients(study, "domain", weights, "domain")
-        other, other_squares = stored_gradients(study, None, weights, "general")
-        for block in dict.fromkeys(study.budget.architecture.tensors[name].block for name in weights):
-            scores = {}
-            for name in (name for name in weights if name.startswith(f"{place_name(block)}.")):
-                signals = (own[name], other[name], own_squares[name], other_squares[name])
-                scores[name] = self.importance(weights[name].float(), *signals)
-            into.write(place_name(block), scores)
+        both: tuple[Moment, ...] = ("mean", "squares")
+        own, fisher = stored_gradients(study, study.trials_on("domain"), weights, "domain", both)
+        other, general = stored_gradients(study, study.trials, weights, "general", both)
+
+        def score(name: str) -> Tensor:
+            return self.importance(weights[name].float(), own[name], other[name], fisher[name], general[name])
+
+        into.write_all(OneAtATime(list(weights), score))
 
     def importance(self, weight: Tensor, own: Tensor, other: Tensor, fisher: Tensor, general: Tensor) -> Tensor:
         """The score of every weight of a matrix, [out, in].

@@ -36,23 +36,19 @@ class RdDpAllocation(MagnitudeOfWeights):
         if self.shape.fixed:
             return super().counts(study)
         shapes, total = self.shapes(study.budget.architecture), self.kept(study.budget)
-        units = [{name: shapes[name] for name in names} for names in units_of(shapes, self.unit)]
-        sizes = [sum(rows * columns for rows, columns in unit.values()) for unit in units]
+        units = units_of(shapes, self.unit)
+        sizes = densities.unit_sizes(shapes, units)
         costs = [[max(1, round((1 - j / self.grid) * size)) for j in range(self.grid + 1)] for size in sizes]
         study.trials.settle()
         curves = []
-        for number, (unit, points) in enumerate(zip(units, costs, strict=True)):
+        for number, (names, points) in enumerate(zip(units, costs, strict=True)):
             study.progress(number + 1, len(units), "curves")
+            unit = {name: shapes[name] for name in names}
             curves.append(_rising([0.0, *(self._distortion(study, unit, count) for count in points[1:])]))
         chosen = choose(costs, curves, total, self.bins)
-        kept = {str(i): costs[i][point] for i, point in enumerate(chosen)}
+        kept = [points[point] for points, point in zip(costs, chosen, strict=True)]
         # what rounding to bins left over goes where weights are kept already
-        caps = {str(i): size for i, size in enumerate(sizes)}
-        exact = densities.fill({name: float(count) for name, count in kept.items()}, caps, total, kept)
-        found: dict[str, int] = {}
-        for number, unit in enumerate(units):
-            found |= densities.uniform(unit, exact[str(number)])
-        return found
+        return densities.by_unit(shapes, units, total, kept, kept)
 
     def _distortion(self, study: Study, unit: Mapping[str, tuple[int, int]], count: int) -> float:
         """How far the predictions move with this unit alone pruned (the paper: the squared change of the output)."""

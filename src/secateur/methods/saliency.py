@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.cuts.masks import masked
-from secateur.errors import InternalError
-from secateur.families import CanonicalTensor
-from secateur.methods.base import Study
+from secateur.families import Block, CanonicalTensor, place_name
+from secateur.methods.base import Gradients, Study, Trials
 from secateur.methods.elementwise import Elementwise
 from secateur.methods.ranked import summary_of
 from secateur.plans import Edits, Plan
 from secateur.plans.lazy import OneAtATime
+
+Moment = Literal["mean", "squares"]
 
 
 class Saliency(Elementwise):
@@ -46,8 +47,6 @@ class Saliency(Elementwise):
         return summary_of(study, matrix.name)
 
     def decide(self, study: Study) -> Plan:
-        if study.store is None:
-            raise InternalError("no-store", f"scores of {self.name}", "the study was made without a place for them")
         store = study.store("saliency")
         names, kept = list(self.shapes(study.budget.architecture)), self.kept(study.budget)
         weights: Mapping[str, Tensor] = OneAtATime(names, partial(_weight, study))
@@ -65,6 +64,32 @@ class Saliency(Elementwise):
             plan = super(Saliency, here).decide(scored)
         assert plan is not None
         return plan
+
+
+def places_of(found: Iterator[Gradients], names: Collection[str]) -> Iterator[tuple[Block, Gradients, list[str]]]:
+    """Gradients of the places with matrices whose weights can go, and their names."""
+    for each in found:
+        here = [name for name in each.mean if name in names]
+        if here:
+            yield each.place, each, here
+
+
+def stored_gradients(
+    study: Study, trials: Trials, weights: Mapping[str, Tensor], label: str, wanted: tuple[Moment, ...]
+) -> list[Edits]:
+    """Mean gradients of the weights that can go, or means over windows of their squares, on disk.
+
+    Args:
+        trials: on the text that is meant.
+        weights: the matrices, as they are now.
+        label: what they are stored under.
+        wanted: which of the two, in the order in which they are returned.
+    """
+    stores = [study.store(f"{label}-{kind}") for kind in wanted]
+    for place, each, names in places_of(trials.gradients(weights, wanted), weights):
+        for kind, store in zip(wanted, stores, strict=True):
+            store.write(place_name(place), {name: getattr(each, kind)[name].float() for name in names})
+    return stores
 
 
 class _Scores(Mapping[str, Iterable[Tensor]]):

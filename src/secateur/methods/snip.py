@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.families import place_name
 from secateur.methods.base import Study
-from secateur.methods.saliency import Saliency
+from secateur.methods.saliency import Saliency, places_of, stored_gradients
 from secateur.plans import Edits
 from secateur.plans.lazy import OneAtATime
 
@@ -24,10 +24,9 @@ class Snip(Saliency):
     data = "text"
 
     def saliencies(self, study: Study, weights: Mapping[str, Tensor], into: Edits) -> None:
-        for found in study.trials.gradients(weights):
-            mean = {name: gradient for name, gradient in found.mean.items() if name in weights}
-            if mean:
-                into.write(place_name(found.place), {n: (weights[n].to(g) * g).abs().float() for n, g in mean.items()})
+        for place, found, names in places_of(study.trials.gradients(weights), weights):
+            slopes = {name: (weights[name].to(found.mean[name]) * found.mean[name]).abs().float() for name in names}
+            into.write(place_name(place), slopes)
 
 
 class Grasp(Saliency):
@@ -44,32 +43,22 @@ class Grasp(Saliency):
     )
 
     def saliencies(self, study: Study, weights: Mapping[str, Tensor], into: Edits) -> None:
-        assert study.store is not None
-        gradient = self._gradients(study, weights, "gradient")
+        (gradient,) = stored_gradients(study, study.trials, weights, "gradient", ("mean",))
         length = {
             n: float(sum(of[name].double().square().sum() for name in weights) ** 0.5)
             for n, of in (("w", weights), ("g", gradient))
         }
         reach = self.step * length["w"] / max(length["g"], 1e-300)
-        sides = []
-        for sign, name in ((reach, "ahead"), (-reach, "behind")):
+        sides: list[Edits] = []
+        for sign, label in ((reach, "ahead"), (-reach, "behind")):
             moved = OneAtATime(list(weights), partial(_moved, weights, gradient, sign))
-            sides.append(self._gradients(study, moved, name))
-        by_place: dict[str, list[str]] = {}
-        for name in weights:
-            by_place.setdefault(".".join(name.split(".")[:2]), []).append(name)
-        for place, names in by_place.items():
-            change = {n: (sides[0][n] - sides[1][n]) / (2 * reach) for n in names}
-            into.write(place, {n: weights[n].float() * change[n] for n in names})
+            sides += stored_gradients(study, study.trials, moved, label, ("mean",))
+        ahead, behind = sides
 
-    def _gradients(self, study: Study, weights: Mapping[str, Tensor], name: str) -> Edits:
-        assert study.store is not None
-        store = study.store(name)
-        for found in study.trials.gradients(weights):
-            mean = {n: gradient.float() for n, gradient in found.mean.items() if n in weights}
-            if mean:
-                store.write(place_name(found.place), mean)
-        return store
+        def score(name: str) -> Tensor:
+            return weights[name].float() * ((ahead[name] - behind[name]) / (2 * reach))
+
+        into.write_all(OneAtATime(list(weights), score))
 
 
 def _moved(weights: Mapping[str, Tensor], along: Mapping[str, Tensor], reach: float, name: str) -> Tensor:

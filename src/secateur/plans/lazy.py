@@ -44,11 +44,11 @@ class OneAtATime(Mapping[str, Tensor]):
     """
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
-        self._names, self._make = names, make
+        self._names, self._known, self._make = names, frozenset(names), make
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
+        if name not in self._known:
             raise KeyError(name)
         if self._last is None or self._last[0] != name:
             self._last = (name, self._make(name))
