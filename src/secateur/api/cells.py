@@ -13,10 +13,9 @@ import torch
 
 from secateur.api.pruning import prune
 from secateur.checkpoints import Checkpoint
-from secateur.data.windows import calibration_windows
-from secateur.engine.prepare import LONGEST_WINDOW, context_of, resolve_device, resolve_dtype
+from secateur.engine.prepare import LONGEST_WINDOW, context_of, draw_windows, resolve_device, resolve_dtype
 from secateur.engine.progress import Silent
-from secateur.errors import RequestError, refuse
+from secateur.errors import RequestError
 from secateur.inference import open_checkpoint
 from secateur.meters.counts import count, share_removed
 from secateur.meters.machine import conditions
@@ -51,13 +50,9 @@ def measure_dense(job: Job) -> dict[str, Any]:
 
 
 def _windows(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
-    asked, context = job["prune"], context_of(checkpoint)
-    if asked["length"] and asked["length"] > context:
-        refuse("bad-length", f"length {asked['length']}", f"the model's context is {context}")
-    length = asked["length"] or min(LONGEST_WINDOW, context)
-    vocab = checkpoint.architecture.sizes.vocab
-    folder, more = checkpoint.folder.path, (asked["text_field"], asked["trust_remote_code"])
-    return calibration_windows(asked["data"], folder, vocab, asked["samples"], length, job["seed"], *more).record()
+    asked = job["prune"]
+    more = (job["seed"], asked["text_field"], asked["trust_remote_code"])
+    return draw_windows(asked["data"], checkpoint, asked["samples"], asked["length"], *more).record()
 
 
 def make_and_measure(job: Job) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from typing import Any
 from secateur.api.outputs import passing_workplace, require_free
 from secateur.archives.delta_file import DeltaFile
 from secateur.checkpoints.hub import locate
-from secateur.data.windows import calibration_windows
 from secateur.deltas.applying import apply_delta
 from secateur.deltas.options import DeltaRequest, make_delta_method
 from secateur.deltas.packing import figures_of, write_delta
 from secateur.deltas.search import found_rescale
 from secateur.deltas.sources import open_tuned
 from secateur.deltas.trials import Pruner, gather
-from secateur.engine.prepare import LONGEST_WINDOW, context_of, resolve_device, resolve_dtype
+from secateur.engine.prepare import draw_windows, resolve_device, resolve_dtype
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import appear, publish
 from secateur.errors import refuse, validated
@@ -76,16 +75,11 @@ def delta_pack(
     ids = None
     searches = isinstance(chosen.rescale, str) and chosen.rescale != "share"
     if request.data is not None and (searches or chosen.asks_signals):
-        context = context_of(fine.checkpoint)
-        if request.length and request.length > context:
-            refuse("bad-length", f"length {request.length}", f"the model's context is {context}")
-        sizes = fine.architecture.sizes
-        windows = calibration_windows(
+        windows = draw_windows(
             request.data,
-            fine.checkpoint.folder.path,
-            sizes.vocab,
+            fine.checkpoint,
             request.samples,
-            request.length or min(LONGEST_WINDOW, context),
+            request.length,
             request.seed,
             request.text_field,
             request.trust_remote_code,

@@ -25,6 +25,7 @@ from secateur.checkpoints.packed import Record, bits_of, packed_name, packed_par
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
 from secateur.errors import InternalError
+from secateur.plans.plan import file_digest
 from secateur.version import __version__
 
 Accounts = dict[str, Any]
@@ -47,17 +48,14 @@ def packed_result(result: Path, target: Path, journal: Journal, progress: Progre
         accounts = pack_folder(Folder(result), target, progress, record["tensors"])
         journal.add("packed", files=_hashes(target), accounts=accounts)
         done = journal.done("packed")
-    copy_companions(Folder(result), target)
+    else:
+        copy_companions(Folder(result), target)  # the record in it may be marked already
     return target, mark_packed(target, done[-1]["accounts"]) or record
 
 
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every weight file of a packed folder; none where it is not complete."""
-    found = {}
-    for path in sorted(folder.glob("packed*")):
-        with path.open("rb") as handle:
-            found[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return found
+    return {path.name: file_digest(path) for path in sorted(folder.glob("packed*"))}
 
 
 def foreseen_bytes(

@@ -12,6 +12,7 @@ from secateur.budgets import Budget, Costs
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.folder import DTYPES
 from secateur.checkpoints.hub import locate
+from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.latency import LatencyModel
 from secateur.engine.request import PruneRequest
 from secateur.errors import refuse
@@ -32,20 +33,39 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
 
-    @property
-    def context(self) -> int:
-        """Positions the model was made for."""
-        return context_of(self.checkpoint)
-
-    @property
-    def length(self) -> int:
-        """Tokens of a calibration window."""
-        return self.request.length or min(LONGEST_WINDOW, self.context)
-
 
 def context_of(checkpoint: Checkpoint) -> int:
     """Positions a model was made for."""
     return int(getattr(checkpoint.architecture.config, "max_position_embeddings", LONGEST_WINDOW))
+
+
+def draw_windows(
+    source: str,
+    checkpoint: Checkpoint,
+    samples: int,
+    length: int | None,
+    seed: int,
+    text_field: str,
+    trust_remote_code: bool,
+    context: int | None = None,
+) -> Windows:
+    """Calibration windows of a text, of the length asked for or of the longest that a model takes.
+
+    Args:
+        source: see :func:`secateur.data.sources.documents`.
+        checkpoint: whose tokenizer reads it.
+        samples, length, seed, text_field, trust_remote_code: as asked.
+        context: positions, where not those of the checkpoint alone.
+
+    Raises:
+        RequestError: windows longer than the context; as :func:`secateur.data.windows.calibration_windows`.
+    """
+    most = context or context_of(checkpoint)
+    if length and length > most:
+        refuse("bad-length", f"length {length}", f"the model's context is {most}")
+    folder, vocab = checkpoint.folder.path, checkpoint.architecture.sizes.vocab
+    longest = length or min(LONGEST_WINDOW, most)
+    return calibration_windows(source, folder, vocab, samples, longest, seed, text_field, trust_remote_code)
 
 
 def costs_of(checkpoint: Checkpoint) -> Costs:

@@ -14,11 +14,11 @@ import torch
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
 from secateur.checkpoints.companions import copy_companions
 from secateur.checkpoints.folder import CONFIG, RECORD
-from secateur.data.windows import Windows, calibration_windows
+from secateur.data.windows import Windows
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.packing import packed_result
 from secateur.engine.planning import Planning
-from secateur.engine.prepare import Prepared
+from secateur.engine.prepare import Prepared, draw_windows
 from secateur.engine.progress import Progress
 from secateur.engine.publish import publish
 from secateur.engine.sweeps import cut_sweep
@@ -74,14 +74,11 @@ class Run:
     def _drawn(self, source: str) -> Windows:
         """Windows of a text, as the request wants them."""
         request = self.prepared.request
-        if request.length and request.length > self.prepared.context:
-            refuse("bad-length", f"length {request.length}", f"the model's context is {self.prepared.context}")
-        return calibration_windows(
+        return draw_windows(
             source,
-            self.checkpoint.folder.path,
-            self.checkpoint.architecture.sizes.vocab,
+            self.checkpoint,
             request.samples,
-            self.prepared.length,
+            request.length,
             request.seed,
             request.text_field,
             request.trust_remote_code,

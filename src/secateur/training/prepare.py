@@ -13,8 +13,8 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.folder import RECORD, read_json
 from secateur.checkpoints.hub import locate
-from secateur.data.windows import Windows, calibration_windows, load_tokenizer
-from secateur.engine.prepare import LONGEST_WINDOW, context_of, resolve_device, resolve_dtype
+from secateur.data.windows import Windows, load_tokenizer
+from secateur.engine.prepare import context_of, draw_windows, resolve_device, resolve_dtype
 from secateur.engine.run import model_digest
 from secateur.errors import RequestError, refuse
 from secateur.families import Sizes
@@ -108,8 +108,6 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
     rate = options.learning_rate or default_rate(request.method, checkpoint.architecture.sizes.residual)
     options = options.model_copy(update={"learning_rate": rate})
     context = min(context_of(found) for found in (checkpoint, teacher) if found is not None)
-    if request.length and request.length > context:
-        refuse("bad-length", f"length {request.length}", f"the model's context is {context}")
     if teacher is not None:
         _require_same_tokens(checkpoint, teacher, request.trust_remote_code)
     source = _record_of(checkpoint)
@@ -118,15 +116,15 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
         ranks = ranks_of(
             checkpoint.architecture, options, _sizes_in(source) if teacher is None else teacher.architecture.sizes
         )
-    windows = calibration_windows(
+    windows = draw_windows(
         request.data,
-        checkpoint.folder.path,
-        checkpoint.architecture.sizes.vocab,
+        checkpoint,
         request.samples or _wanted(request, options),
-        request.length or min(LONGEST_WINDOW, context),
+        request.length,
         request.seed,
         request.text_field,
         request.trust_remote_code,
+        context,
     )
     train, held_back = _split(windows.ids, options.validation, request.seed)
     compute = resolve_dtype(request.dtype, checkpoint, device)
