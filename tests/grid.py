@@ -95,7 +95,9 @@ METHODS: dict[str, Row] = {
         ({"pattern": "2:4", "sweeps": 3},),
         ({"pattern": "1:3", "proxy": "gram", "sweeps": 2}, {"pattern": "2:4", "optimiser": "adam", "steps": 5}),
     ),
-    "ria": Row(({},), ({"pattern": "4:8"},)),
+    "ria": Row(
+        ({}, {"pattern": "2:4", "permute": "fold"}), ({"pattern": "4:8"}, {"pattern": "2:4", "permute": "free"})
+    ),
     "stun": Row(
         ({}, {"similarity": "mix", "representative": "busiest"}),
         ({"similarity": "coactivation", "together": "unlike"}, {"similarity": "traffic"}, {"average": 3}),

@@ -20,6 +20,7 @@ from conftest import Checkpoints
 from secateur.budgets import densities
 from secateur.budgets.thresholds import ranked_counts
 from secateur.cuts.masks import best, parse_pattern
+from secateur.cuts.orders import assigned, best_order, dealt, retained
 from secateur.engine.readers import Readers
 from secateur.errors import RequestError
 from secateur.mends.obs import obs_sweep, shares_of
@@ -95,6 +96,39 @@ def test_masks_on_disk_are_bits(tmp_path: Path) -> None:
     assert torch.equal(read["blocks.3.q.weight"], mask)
     assert torch.equal(read.of("blocks.3")["blocks.3.k.weight"], ~mask)
     assert (tmp_path / "plan-masks-blocks.3.safetensors").stat().st_size < 2 * (13 * 37 // 8 + 1) + 400
+
+
+# -- orders of the inputs ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 6), st.integers(2, 21), st.sampled_from(["1:2", "2:4", "1:4", "2:3"]), st.integers(0, 99))
+def test_an_assignment_loses_nothing_of_what_was_dealt(rows: int, columns: int, spelled: str, seed: int) -> None:
+    scores, pattern = _random(seed, rows, columns).square(), parse_pattern(spelled)
+    first = dealt(scores, pattern)
+    second = assigned(scores, first, pattern)
+    for order in (first, second, best_order(scores, pattern), best_order(scores, pattern, assign=True)):
+        assert sorted(order.tolist()) == list(range(columns))
+    assert retained(scores[:, second], pattern) >= retained(scores[:, first], pattern) - 1e-9
+    assert retained(scores[:, best_order(scores, pattern)], pattern) >= retained(scores, pattern)
+
+
+def test_channels_that_matter_are_dealt_to_different_groups() -> None:
+    """Strips of the ranking, every second one backwards; here that is the best of all orders."""
+    scores = torch.tensor([[9.0, 8.0, 7.0, 3.0, 2.0, 1.0]])
+    pattern = parse_pattern("1:2")
+    assert dealt(scores, pattern).tolist() == [0, 5, 1, 4, 2, 3]
+    assert retained(scores[:, dealt(scores, pattern)], pattern) == 24
+    assert retained(scores, pattern) == 9 + 7 + 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_assignments_come_near_the_best_of_all_orders(seed: int) -> None:
+    scores, pattern = _random(seed, 4, 6).square(), parse_pattern("1:2")
+    orders = (torch.tensor(order) for order in itertools.permutations(range(6)))
+    most = max(retained(scores[:, order], pattern) for order in orders)
+    found = retained(scores[:, best_order(scores, pattern, assign=True)], pattern)
+    assert retained(scores, pattern) <= found <= most + 1e-9
+    assert found > 0.95 * most
 
 
 # -- densities ---------------------------------------------------------------------------------------------------------
@@ -349,6 +383,42 @@ def test_densities_of_the_named_methods(method: str, checkpoint: Checkpoints, tm
     assert all(kept.values())
     assert len({round(kept[n] / sizes[n], 3) for n in kept}) > 1
     assert result.achieved["params"] == result.achieved["params_before"]
+
+
+def test_folded_neurons_are_the_models_own_in_another_order(
+    checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    """The file is 2:4, and every neuron of it has the gate, up and down weights of one neuron of the source."""
+    model, output = checkpoint(), tmp_path / "out"
+    options = {"pattern": "2:4", "permute": "fold", "search": "assign"}
+    secateur.prune(model, method="ria", options=options, data=notes, samples=4, length=32, output=output)
+    before, after = (dict(models.load(path).named_parameters()) for path in (model, output))
+    moved = 0
+    for name, kept in after.items():
+        if name.endswith("proj.weight"):
+            assert ((kept.view(len(kept), -1, 4) != 0).sum(-1) == 2).all()
+        if not name.endswith("down_proj.weight"):
+            continue
+        parts = [name.replace("down", part) for part in ("gate", "up")]
+        sources = {
+            key: torch.cat([*(table[p].detach() for p in parts), table[name].detach().T], 1)
+            for key, table in (("before", before), ("after", after))
+        }
+        there = [
+            int(((sources["before"] == neuron) | (neuron == 0)).all(1).nonzero().item()) for neuron in sources["after"]
+        ]
+        assert sorted(there) == list(range(len(there)))
+        moved += sum(index != place for place, index in enumerate(there))
+    assert moved
+
+
+def test_an_order_is_for_patterns(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    for options, words in (
+        ({"permute": "fold", "sparsity": 0.5}, "has no groups"),
+        ({"permute": "fold", "pattern": "2:4", "part": "attention"}, "leaves them alone"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            secateur.prune(checkpoint(), method="wanda", options=options, data=notes, output=tmp_path / "no")
 
 
 def test_no_inputs_are_kept_of_a_block_that_is_rewritten(

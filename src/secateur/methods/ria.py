@@ -9,12 +9,13 @@ from torch import Tensor
 
 from secateur.cuts.masks import Group
 from secateur.families import CanonicalTensor
-from secateur.methods.elementwise import Elementwise, squares_of
+from secateur.methods.elementwise import squares_of
+from secateur.methods.permuted import Permuted
 from secateur.scores.weights import ria_scores
 from secateur.spaces import BlockView
 
 
-class Ria(Elementwise):
+class Ria(Permuted):
     """Wanda's rule with relative importance, so that no row and no column is wiped out."""
 
     name = "ria"

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from secateur.cuts.masks import Group
 from secateur.families import CanonicalTensor
-from secateur.methods.elementwise import Elementwise, squares_of
+from secateur.methods.elementwise import squares_of
+from secateur.methods.permuted import Permuted
 from secateur.scores.weights import wanda_scores
 from secateur.spaces import BlockView
 
 
-class Wanda(Elementwise):
+class Wanda(Permuted):
     """Behind the cuts so far, keep the weights of every row with the largest |W_ij| sqrt(mean x_j^2)."""
 
     name = "wanda"
