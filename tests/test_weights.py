@@ -25,6 +25,7 @@ from secateur.engine.readers import Readers
 from secateur.errors import RequestError
 from secateur.mends.obs import obs_sweep, shares_of
 from secateur.methods.elementwise import Elementwise
+from secateur.methods.registry import make_method
 from secateur.plans import Masks
 from secateur.scores.weights import lamp_scores, obs_scores, ria_scores, wanda_scores
 
@@ -410,6 +411,13 @@ def test_folded_neurons_are_the_models_own_in_another_order(
         assert sorted(there) == list(range(len(there)))
         moved += sum(index != place for place, index in enumerate(there))
     assert moved
+
+
+def test_the_word_none_is_a_choice_where_there_is_such_a_choice() -> None:
+    assert make_method("ria", {"permute": "none"}).model_dump()["permute"] == "none"
+    assert make_method("ria", {"sparsity": "none"}).sparsity is None
+    with pytest.raises(RequestError, match="permute=None"):
+        make_method("ria", {"permute": None})
 
 
 def test_an_order_is_for_patterns(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -70,6 +70,7 @@ def validated(schema: type[Schema], values: Mapping[str, Any], of: str = "", hin
 
     Args:
         schema: a pydantic model; its fields are the names there are.
+        values: of each option; the word none is no value, but where it is one of the choices.
         of: whose options they are, for the message.
         hint: what to do about a bad value.
 
@@ -84,10 +85,21 @@ def validated(schema: type[Schema], values: Mapping[str, Any], of: str = "", hin
         refuse(
             "unknown-option", f"option {unknown[0]!r}{owner}", "there is none", near(unknown[0], schema.model_fields)
         )
+    fields = {key: schema.model_fields[key].annotation for key in values}
+    given = {key: None if _no_value(value, fields[key]) else value for key, value in values.items()}
     try:
-        return schema.model_validate(dict(values))
+        return schema.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else "options"
         asked = f"option {key}={values.get(key)!r}{owner}"
         raise RequestError("bad-option", asked, first["msg"].removeprefix("Value error, "), hint) from error
+
+
+def _no_value(value: Any, annotation: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "none" and value not in _choices(annotation)
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """What stands in the brackets of a type, however deep."""
+    return [choice for each in get_args(annotation) for choice in (_choices(each) or [each])]

@@ -157,13 +157,13 @@ def takes(options: Options, **defaults: Any) -> Callable[[Callable[..., None]], 
 
 
 def _options(pairs: list[str] | None) -> dict[str, Any]:
-    """``--set k=v`` pairs as a mapping; values are read as YAML scalars, the schema checks them."""
+    """``--set k=v`` pairs as a mapping; the schema reads and checks the values."""
     found: dict[str, Any] = {}
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             raise RequestError("bad-option", f"--set {pair!r}", "not of the form key=value", "e.g. --set spaces=kv")
-        found[key.strip()] = None if value.lower() == "none" else value.strip()
+        found[key.strip()] = value.strip()
     return found
 
 

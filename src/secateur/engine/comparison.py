@@ -140,7 +140,7 @@ def _named(text: str) -> list[tuple[str, dict[str, Any]]]:
         key, separator, value = pair.partition("=")
         if not separator or not key:
             refuse("bad-option", f"option {pair!r} of {name}", "not of the form key=value", "e.g. magnitude:spaces=kv")
-        options[key.strip()] = None if value.lower() == "none" else value.strip()
+        options[key.strip()] = value.strip()
     return [(name.strip(), options)]
 
 
