@@ -92,8 +92,8 @@ METHODS: dict[str, Row] = {
     "d_pruner": Row(({},), ({"penalty": "step"}, {"allocation": "global"})),
     "gaprune": Row(({},), ({"literal": True}, {"part": "all"})),
     "armor": Row(
-        ({"pattern": "2:4", "sweeps": 3},),
-        ({"pattern": "1:3", "proxy": "gram", "sweeps": 2}, {"pattern": "2:4", "optimiser": "adam", "steps": 5}),
+        ({"pattern": "2:4", "sweeps": 1},),
+        ({"pattern": "1:3", "proxy": "diagonal", "sweeps": 2}, {"optimiser": "adam", "proxy": "diagonal", "steps": 5}),
     ),
     "ria": Row(
         ({}, {"pattern": "2:4", "permute": "fold"}), ({"pattern": "4:8"}, {"pattern": "2:4", "permute": "free"})

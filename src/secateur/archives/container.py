@@ -13,17 +13,28 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from secateur.archives.bitsback import Form
+from secateur.checkpoints.headers import DTYPES
+from secateur.checkpoints.packed import can_name, plain_file_name
 from secateur.errors import refuse
 
 _MAGIC: Final = b"SECBITS1"
 _HASH: Final = 32
+
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError("no data type of safetensors")
+    return dtype
+
+
+DtypeName = Annotated[str, AfterValidator(_known)]
 
 
 class Header(BaseModel):
@@ -42,8 +53,8 @@ class Header(BaseModel):
 
     form: Form
     clear: dict[str, str]
-    files: list[tuple[str, int]]
-    weights: list[tuple[str, str, str, tuple[int, ...]]]
+    files: list[tuple[str, NonNegativeInt]]
+    weights: list[tuple[str, str, DtypeName, tuple[NonNegativeInt, ...]]]
     content: str
     saved: list[dict[str, int | str]]
 
@@ -85,16 +96,20 @@ class Archive:
             header = Header.model_validate(raw)
         except (ValueError, ValidationError) as error:
             _damaged(path, f"its header is not understood ({str(error).splitlines()[0]})")
-        for name in (*header.clear, *(name for name, _ in header.files), *(file for _, file, _, _ in header.weights)):
+        weights = {file for _, file, _, _ in header.weights}
+        names = [*header.clear, *(name for name, _ in header.files), *weights]
+        for name in names:
             if not inside(name):
-                _damaged(path, f"the file name {name!r} leaves the folder")
+                _damaged(path, f"the file name {name[:99]!r} leaves the folder")
+        folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+        if len(set(names)) < len(names) or folders.intersection(names) or not all(map(plain_file_name, weights)):
+            _damaged(path, "its files cannot lie beside each other")
         return cls(header, np.frombuffer(data[start:end], "<u4").astype(np.uint32))
 
 
 def inside(name: str) -> bool:
-    """Whether a relative path stays in its folder."""
-    path = PurePosixPath(name)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    """Whether a path is one of a file in its folder."""
+    return all(map(can_name, name.split("/")))
 
 
 def _damaged(path: Path, found: str) -> NoReturn:

@@ -54,7 +54,7 @@ def ratio_target(ratio: float | str) -> Target:
     """``--ratio r``: r of all parameters are gone, 0 <= r < 1."""
     try:
         value = float(ratio)
-    except ValueError:
+    except (TypeError, ValueError):
         refuse("bad-ratio", f"ratio {ratio!r}", "not a number", "give the share of parameters to remove, e.g. 0.3")
     if not (math.isfinite(value) and 0 <= value < 1):
         hint = f"did you mean {value / 100:g}?" if 5 <= value < 100 else "0.3 removes 30 % of all parameters"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
 import torch
@@ -23,6 +22,7 @@ from secateur.errors import refuse
 MODEL: Final = "model"
 PACKED: Final = "packed"
 _KEY: Final = "secateur_packed"
+_NO_NAME: Final = frozenset("/\\\0")
 _BITS: Final = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -73,7 +73,16 @@ def tensor_of(bits: Bits, dtype: torch.dtype) -> Tensor:
 
 def plain_file_name(name: object) -> bool:
     """Whether a name is one of a file in the folder itself."""
-    return isinstance(name, str) and Path(name).name == name and not name.startswith(".") and "\\" not in name
+    return isinstance(name, str) and can_name(name) and not name.startswith(".")
+
+
+def can_name(part: str) -> bool:
+    """Whether a file or folder can be called so, on any system, without being another one."""
+    try:
+        length = len(part.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < length < 256 and part not in (".", "..") and not _NO_NAME.intersection(part)
 
 
 @dataclass(frozen=True)

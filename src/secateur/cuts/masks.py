@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Group = Literal["row", "matrix"]
+_FEW: Final = 16  # of a group, to be compared one with the other
 _SPELLED: Final = re.compile(r"(?P<first>[1-9]\d{0,3})(?P<sign>[:x])(?P<second>[1-9]\d{0,3})")
 
 
@@ -121,7 +122,20 @@ def _n_of_m(scores: Tensor, pattern: Pattern) -> Tensor:
     # a group that the row's end cuts short has fewer to choose from
     padded = functional.pad(scores, (0, -columns % pattern.of), value=-torch.inf)
     groups = padded.view(rows, -1, pattern.of)
-    return _first(groups, pattern.kept).view(rows, -1)[:, :columns]
+    mask = _first(groups, pattern.kept) if pattern.of > _FEW else _before_the_others(groups, pattern.kept)
+    return mask.view(rows, -1)[:, :columns]
+
+
+def _before_the_others(scores: Tensor, count: int) -> Tensor:
+    """What ``_first`` gives, of rows of a few: each compared with all others, several times as fast."""
+    columns = scores.unbind(-1)
+    behind = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]  # how many come first
+    for j, later in enumerate(columns):
+        for i, earlier in enumerate(columns[:j]):
+            loses = later > earlier
+            behind[i] += loses
+            behind[j] += ~loses
+    return torch.stack([place < count for place in behind], -1)
 
 
 def _blocks(scores: Tensor, count: int, pattern: Pattern) -> Tensor:

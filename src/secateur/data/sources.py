@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,10 @@ def _from_parquet(path: Path, field: str) -> Iterator[Document]:
 def _from_npy(path: Path, field: str) -> Iterator[Document]:
     del field
     try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)  # never larger than the file, whatever it claims
+    except Exception as error:  # its header is parsed as Python
         refuse("bad-npy", f"data {str(path)!r}", f"not a readable array ({error})")
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim not in (1, 2):
         refuse("bad-npy", f"data {str(path)!r}", f"{ids.dtype} of shape {list(ids.shape)}, not integer token ids")

@@ -61,21 +61,33 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def encode(tokenizer: Any, document: Document) -> np.ndarray:
-    """Token ids of one whole document, with the tokenizer's default special tokens."""
+    """Token ids of one whole document, with the tokenizer's default special tokens.
+
+    Raises:
+        RequestError: a chat, and the tokenizer has no template for it, or a document that it cannot take.
+    """
     if isinstance(document, np.ndarray):
         return document
-    if isinstance(document, list):
-        if not getattr(tokenizer, "chat_template", None):
-            refuse("no-chat-template", "chat messages in the data", "the model's tokenizer has no chat template")
-        return np.asarray(tokenizer.apply_chat_template(document, tokenize=True, return_dict=False), dtype=np.int64)
-    return np.asarray(tokenizer(document, verbose=False)["input_ids"], dtype=np.int64)
+    if isinstance(document, list) and not getattr(tokenizer, "chat_template", None):
+        refuse("no-chat-template", "chat messages in the data", "the model's tokenizer has no chat template")
+    try:
+        if isinstance(document, list):
+            ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+        else:
+            ids = tokenizer(document, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int64)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # templates raise many kinds, and a panic of the tokenizers' Rust is no Exception
+        message = " ".join(str(error).split())[:200]
+        refuse("bad-document", f"encoding {str(document)[:60]!r}", f"the model's tokenizer cannot take it ({message})")
 
 
 def _bytes_of(document: Document) -> bytes:
     if isinstance(document, np.ndarray):
         return document.tobytes()
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, ensure_ascii=False)
-    return text.encode()
+    return text.encode("utf-8", "surrogatepass")
 
 
 def calibration_windows(

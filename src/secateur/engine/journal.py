@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from zlib import crc32
 
 from secateur.errors import refuse
+
+_CHECK: Final = "crc32"
 
 
 def work_folder(output: Path) -> Path:
@@ -35,6 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
 class Journal:
     """Lines of JSON, one per finished step, the first naming the request.
 
+    Every line ends with a checksum of itself; from the first on that is not as it was written, nothing is believed.
+
     Args:
         folder: the work folder; made when absent.
         fingerprint: model, data, request and version; a journal of another one is refused.
@@ -49,10 +54,13 @@ class Journal:
         self.resumed = False
         lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
         for line in lines[:-1]:  # what follows the last newline was cut off while being written
-            try:
-                self._records.append(json.loads(line))
-            except ValueError:
+            record = _read(line)
+            if record is None:
                 break
+            self._records.append(record)
+        if len(lines) > 1 and not self._records:
+            found = f"the first line of {name} is not as it was written, or of an older version"
+            refuse("bad-journal", f"resuming in {str(folder)!r}", found, hint or f"delete {folder.name}")
         if self._records and self._records[0] != {"request": fingerprint}:
             refuse(
                 "other-request",
@@ -62,7 +70,7 @@ class Journal:
             )
         self.resumed = len(self._records) > 1
         # rewritten whole, so that a torn last line is gone before the next is added
-        text = "".join(json.dumps(record) + "\n" for record in self._records or [{"request": fingerprint}])
+        text = "".join(map(_line, self._records or [{"request": fingerprint}]))
         temporary = self.path.with_suffix(".new")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path)
@@ -71,7 +79,7 @@ class Journal:
         """Record a finished step durably."""
         record = {"step": step, **content}
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write(_line(record))
             handle.flush()
             os.fsync(handle.fileno())
         self._records.append(record)
@@ -84,6 +92,22 @@ class Journal:
         """Whether a step is done, and was not followed by another one."""
         last = next((r["step"] for r in reversed(self._records) if r.get("step") in (step, than)), None)
         return last == step
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps({**record, _CHECK: crc32(json.dumps(record).encode())}) + "\n"
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """The record that ``_line`` wrote; None for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    check = record.pop(_CHECK, None)
+    return record if check == crc32(json.dumps(record).encode()) else None
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from secateur.budgets import Budget
 from secateur.cuts.factors import Factors, Stored, largest_block
 from secateur.cuts.masks import PatternName, best, parse_pattern
 from secateur.families import Architecture, CanonicalTensor, Sizes
+from secateur.mends import DAMPING
 from secateur.mends.obs import obs_sweep
 from secateur.mends.wrapped import Descent, normalised, supports
 from secateur.methods.base import Method, Study
@@ -25,6 +26,7 @@ from secateur.spaces.weights import INPUTS, Part, all_matrices, input_key, matri
 
 _LARGEST_BLOCK = 128
 _MOST_SUPPORTS = 100
+_SWEEPS = {"gram": 4, "diagonal": 40}
 
 
 def _few_supports(text: str) -> str:
@@ -58,9 +60,9 @@ class Armor(Method):
     )
     share: PositiveFloat = Field(0.0625, le=1, description="of the matrix that its wrappers may take")
     proxy: Literal["diagonal", "gram"] = Field(
-        "diagonal",
-        description="what the loss knows of the inputs: their mean squares, on normalised weights, or (ours) all their "
-        "products, from sparsegpt's result on",
+        "gram",
+        description="what the loss knows of the inputs: their mean squares, on normalised weights (the paper's), or "
+        "(ours) all their products, from sparsegpt's result on",
     )
     statistics: Literal["sequential", "dense"] = Field(
         "sequential", description="inputs seen behind the cuts of the blocks before, or those of the dense model"
@@ -68,7 +70,11 @@ class Armor(Method):
     optimiser: Literal["exact", "adam"] = Field(
         "exact", description="least squares for one factor after the other (ours), or the paper's steps of Adam"
     )
-    sweeps: PositiveInt = Field(40, description="exact: rounds over both wrappers and all groups of the core, at most")
+    sweeps: PositiveInt | None = Field(
+        None,
+        description="exact: rounds over both wrappers and all groups of the core, at most; left out: "
+        f"{_SWEEPS['gram']} with proxy=gram, where one costs ten times as much, else {_SWEEPS['diagonal']}",
+    )
     steps: PositiveInt = Field(3000, description="adam: steps, at most")
     rate: PositiveFloat = Field(1e-4, description="adam: learning rate")
     damping: PositiveFloat = Field(1e-6, description="ridge of every least-squares step over the mean of its diagonal")
@@ -188,6 +194,8 @@ class Armor(Method):
             if not bool((gram.diagonal() > 0).any()):
                 gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)  # an expert that saw nothing
             start, mask = obs_sweep(weight, gram, lambda s, *_: best(s, 0, pattern=pattern), step=pattern.of)
+            # few tokens leave directions of which they say nothing: what held the sweep there holds the descent too
+            gram = gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             descent = Descent(weight, gram, start, mask, pattern, block, self.damping)
             return descent, weight.new_ones(weight.shape[0]), weight.new_ones(weight.shape[1])
         squares = squares_of(view, matrix, evidence)
@@ -201,7 +209,7 @@ class Armor(Method):
     def _run(self, descent: Descent, generator: torch.Generator) -> Iterator[float]:
         if self.optimiser == "adam":
             return descent.gradually(self.steps, self.rate, generator)
-        return descent.exactly(self.sweeps)
+        return descent.exactly(self.sweeps or _SWEEPS[self.proxy])
 
 
 LOSSES = "losses"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
@@ -99,7 +100,7 @@ class PlaceFiles(Mapping[str, Tensor]):
         self.folder = folder
         self._files: dict[str, Path] = {}
         for path in sorted(folder.glob(self.pattern.format(place="*"))):
-            with safe_open(path, "pt") as handle:
+            with suppress(SafetensorError), safe_open(path, "pt") as handle:  # a damaged one is written anew
                 self._files.update(dict.fromkeys(handle.keys(), path))
 
     def _path(self, place: str) -> Path:
