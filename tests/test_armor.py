@@ -259,3 +259,13 @@ def test_options_that_cannot_be_are_refused(checkpoint: Checkpoints, notes: Path
                 checkpoint(), method="armor", ratio=ratio, data=notes, options=options, output=tmp_path / "no"
             )
     assert not (tmp_path / "no").exists()
+
+
+def test_few_tokens_do_not_let_the_wrappers_grow(checkpoint: Checkpoints, notes: Path, tmp_path: Path) -> None:
+    """Experts that saw fewer tokens than they have inputs: their Gram says nothing of most directions."""
+    model = checkpoint("mixtral")
+    options = {"pattern": "2:4", "sweeps": 4}
+    secateur.prune(model, method="armor", data=notes, options=options, samples=2, length=8, output=tmp_path / "out")
+    before, after = (dict(models.load(path).named_parameters()) for path in (model, tmp_path / "out"))
+    for name, values in after.items():
+        assert values.abs().max() < 5 * before[name].abs().max(), name

@@ -497,8 +497,13 @@ def test_a_job_ends_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert workers.run("fail", {"by": 2}) == 0.5
         with pytest.raises(InternalError, match="fail: ZeroDivisionError"):
             workers.run("fail", {"by": 0})
-    with pytest.raises(KeyboardInterrupt), Workers("jobs", tmp_path) as workers:
-        workers.run("last", {"pid": str(tmp_path / "pid"), "owner": os.getpid()})
+    # what a shell starts in the background ignores interrupts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Workers("jobs", tmp_path) as workers:
+            workers.run("last", {"pid": str(tmp_path / "pid"), "owner": os.getpid()})
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
