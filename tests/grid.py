@@ -189,6 +189,13 @@ def layouts(method: str) -> tuple[str, ...]:
     return LAYOUTS if METHODS.get(method, Row()).not_native else LAYOUTS[:1]
 
 
+def first_cell(family: str, method: str) -> Cell:
+    """A method in its last layout, with the first options it has there."""
+    row, layout = METHODS.get(method, Row()), layouts(method)[-1]
+    own = row.per_layer if layout == "per-layer" else ()
+    return Cell(family, method, _Frozen((own or row.options)[0]), layout)
+
+
 def ci_cells() -> list[Cell]:
     """Every method x a few families; every family x {magnitude of the FFN, slicegpt}, where they are not refused."""
     of = {m: [(_Frozen(o), layout) for o in rows(m, False) for layout in layouts(m)] for m in method_names()}
