@@ -22,6 +22,8 @@ import secateur
 from conftest import Checkpoints
 from secateur.engine.journal import work_folder
 from secateur.errors import RequestError
+from secateur.families import Survivors
+from secateur.meters.counts import remaining
 from secateur.methods.registry import describe_method, make_method
 from secateur.methods.stun import Stun
 from test_experts import DATA, block_experts, eight
@@ -125,6 +127,20 @@ def test_masks_are_those_of_what_the_smaller_model_sees(notes: Path, tmp_path: P
         )
 
 
+def test_names_before_and_behind_a_cut() -> None:
+    survivors = Survivors([0, 2, 5], {2: [1, 3], 5: [0, 4]})
+    for before, behind in {
+        "stem.embedding.weight": "stem.embedding.weight",
+        "blocks.5.q.weight": "blocks.2.q.weight",
+        "blocks.2.experts.3.gate.weight": "blocks.1.experts.1.gate.weight",
+        "blocks.0.experts.3.gate.weight": "blocks.0.experts.3.gate.weight",
+        "blocks.5.experts.shared.up.weight": "blocks.2.experts.shared.up.weight",
+    }.items():
+        assert survivors.new_name(before) == behind
+        assert survivors.old_name(behind) == before
+    assert survivors.new_name("blocks.2.experts.0.gate.weight") is None
+
+
 # -- how much --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +153,7 @@ def test_the_total_is_exact(part: str, layout: str, notes: Path, tmp_path: Path)
     result = prune(model, tmp_path / "out", notes, options, ratio=ratio, layout=layout)
     achieved = result.achieved
     assert achieved["nonzero"] == achieved["params_before"] - round(ratio * achieved["params_before"])
+    assert remaining(achieved) == achieved["nonzero"]
     assert sum(block_experts(tmp_path / "out")) == 18
     foreseen = secateur.preview(model, method="stun", options=options, ratio=ratio, layout=layout)
     assert foreseen["problems"] == []
@@ -160,6 +177,9 @@ def test_half_of_what_goes_is_experts_unless_it_is_said(notes: Path, tmp_path: P
         alone = secateur.prune(model, method="stun", ratio=0.2, layout=layout, output=tmp_path / f"{layout}-experts")
         assert result.achieved["params"] == alone.achieved["params"]
         assert result.achieved["nonzero"] == round(0.6 * result.achieved["params_before"])
+    few = prune(model, tmp_path / "few", notes, {"weights": "wanda"}, ratio=0.02).achieved
+    assert few["params"] == few["params_before"]
+    assert few["nonzero"] == round(0.98 * few["params_before"])
 
 
 def test_the_papers_own_knobs(notes: Path, tmp_path: Path) -> None:
