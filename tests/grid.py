@@ -26,6 +26,7 @@ from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
 from secateur.engine.run import Run
 from secateur.errors import RequestError
+from secateur.methods.base import ZEROS
 from secateur.methods.registry import make_method, method_names
 from secateur.plans import Plan
 
@@ -99,9 +100,14 @@ METHODS: dict[str, Row] = {
         ({}, {"pattern": "2:4", "permute": "fold"}), ({"pattern": "4:8"}, {"pattern": "2:4", "permute": "free"})
     ),
     "stun": Row(
-        ({}, {"similarity": "mix", "representative": "busiest"}),
-        ({"similarity": "coactivation", "together": "unlike"}, {"similarity": "traffic"}, {"average": 3}),
-        ({}, {"similarity": "traffic", "representative": "busiest"}),
+        ({}, {"similarity": "mix", "representative": "busiest"}, {"weights": "wanda"}),
+        (
+            {"similarity": "coactivation", "together": "unlike"},
+            {"similarity": "traffic"},
+            {"average": 3},
+            {"weights": "sparsegpt", "part": "all", "average": 3},
+        ),
+        ({}, {"similarity": "traffic", "representative": "busiest"}, {"weights": "wanda", "allocation": "owl"}),
     ),
     "dynamic_slicing": Row(not_native="its layers differ in width, and stock classes do not"),
     "disp_llm": Row(
@@ -112,7 +118,8 @@ METHODS: dict[str, Row] = {
 }
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
 ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
-RATIOS = {"experts": 0.09, "kv": 0.08, "heads": 0.05, "blocks": 0.2}
+RATIOS = {"experts": 0.09, "kv": 0.08, "heads": 0.05, "blocks": 0.2, "dense-zeros": 0.25}
+"""By kind of the units, or of an output that is more than smaller."""
 _RATIO = 0.15
 LAYOUTS = ("native", "per-layer")
 WIDE = ("llama", "gpt2", "mixtral")
@@ -158,6 +165,11 @@ class Cell:
         """Kind of the units that go."""
         made: str = make_method(self.method, self.options).cuts  # type: ignore[assignment]
         return made
+
+    @property
+    def ratio(self) -> float:
+        """How much goes."""
+        return RATIOS.get(self.output, RATIOS.get(self.kind, _RATIO))
 
     @property
     def output(self) -> str:
@@ -271,7 +283,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
     """Keyword arguments of the prune of a cell; writes the calibration text where the method needs one."""
     found: dict[str, Any] = {
         "method": cell.method,
-        "ratio": None if make_method(cell.method, cell.options).sized else RATIOS.get(cell.kind, _RATIO),
+        "ratio": None if make_method(cell.method, cell.options).sized else cell.ratio,
         "options": dict(cell.options),
         "layout": cell.layout,
     }
@@ -357,11 +369,12 @@ def check_zeros(result: PruneResult, model: Path, output: Path, plan: Plan) -> N
     counted = [sum(int((values != 0).sum()) for values in of.values()) for of in (before, after)]
     assert counted == [result.achieved["nonzero_before"], result.achieved["nonzero"]]
     gone = sum(int((~plan.masks[name]).sum()) for name in plan.masks)
+    gone += result.achieved["params_before"] - result.achieved["params"]
     if plan.notes["weights"]["pattern"] == "element":
         assert gone == round(result.requested["ratio"] * result.achieved["params_before"])
     assert counted[0] - counted[1] == gone
     assert {name: int(plan.masks[name].sum()) for name in plan.masks} == dict(plan.counts)
-    if not len(plan.edits):
+    if not len(plan.edits) and not plan.kept:
         assert all(bool(((values == before[name]) | (values == 0)).all()) for name, values in after.items())
 
 
@@ -408,7 +421,7 @@ def run_cell(cell: Cell, folder: Path) -> str:
     plan, digest = plan_of(model, folder / "planned", **options)
     check_masked(model, output, cell.family, plan)
     check_counts(result, output)
-    if cell.output == "zeros":
+    if cell.output in ZEROS:
         check_zeros(result, model, output, plan)
     check_record(output, digest)
     secateur.prune(model, output=folder / "again", **options)

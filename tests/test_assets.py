@@ -143,3 +143,21 @@ def test_stun_is_better_than_random_experts_over_three_seeds(sparsity: float, as
     joined = found("stun", "stun")
     assert joined < min(drawn), (joined, drawn)
     assert found("stun", "traffic", similarity="traffic", representative="busiest") < joined
+
+
+def test_experts_and_weights_are_better_than_weights_alone(assets: Path, tmp_path: Path) -> None:
+    """Half of all parameters: by `wanda` in all matrices or in those of experts, or a quarter of the experts first.
+
+    Which experts those are is what their rows and their traffic say; by the rows alone the gain is too small to hold.
+    """
+    model, held_out = assets / "lm" / "mixtral-docs-9m", tmp_path / "held-out.txt"
+    held_out.write_text((assets / "text" / "docs" / "test.txt").read_text()[:12_000])
+
+    def found(method: str, **options: Any) -> float:
+        data = {"data": assets / "text" / "docs" / "valid.txt", "samples": 16, "length": 256}
+        output = tmp_path / f"{method}-{len(options)}"
+        secateur.prune(model, method=method, ratio=0.5, output=output, options=options, **data)
+        return measure(output, held_out)
+
+    both = found("stun", weights="wanda", experts=0.25, similarity="traffic", representative="busiest")
+    assert both < min(found("wanda"), found("wanda", part="experts"))

@@ -24,10 +24,11 @@ from secateur.engine.prepare import (
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.request import PruneRequest, make_request
 from secateur.errors import RequestError, SecateurError
+from secateur.families import Architecture
 from secateur.families.loading import loads_in
 from secateur.inference import read_checkpoint
-from secateur.methods.base import Method, worth
-from secateur.methods.elementwise import Elementwise
+from secateur.methods.base import ZEROS, Method, worth
+from secateur.methods.elementwise import WeightOptions
 from secateur.spaces import KINDS
 from secateur.spaces.weights import all_matrices
 
@@ -105,11 +106,11 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "kv_bytes_per_token": costs.kv_bytes(after),
         "kv_bytes_per_token_before": costs.kv_bytes(dense),
     }
-    if method.output == "zeros":
+    if method.output in ZEROS:
         zeros = 0 if request.is_copy else method.zeros(budget)
         achieved |= {"nonzero": costs.params(after) - zeros, "nonzero_before": costs.params(dense)}
         if request.format != "dense":
-            achieved["bytes"] = _packed_estimate(checkpoint, method, zeros)
+            achieved["bytes"] -= _packed_savings(checkpoint, method, budget.behind(after).architecture, zeros)
     achieved |= {} if request.is_copy else method.foreseen(budget)
     sizes = {kind: {"before": dense.size(kind), "after": after.size(kind)} for kind in KINDS if dense.size(kind)}
     loads = loads_in(checkpoint.architecture.family, dense, after, request.layout)
@@ -129,12 +130,13 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     }
 
 
-def _packed_estimate(checkpoint: Checkpoint, method: Method, zeros: int) -> int:
-    """Bytes of the packed files, the zeros spread evenly over the matrices in which the method sets them."""
-    weights = method if isinstance(method, Elementwise) else None
-    matrices = all_matrices(checkpoint.architecture, weights.part if weights else "all")
+def _packed_savings(checkpoint: Checkpoint, method: Method, after: Architecture, zeros: int) -> int:
+    """Bytes that packing saves, the zeros spread evenly over the matrices in which the method sets them."""
+    weights = method if isinstance(method, WeightOptions) else None
+    # fewer experts have the first numbers
+    matrices = [matrix.name for matrix in all_matrices(after, weights.part if weights else "all")]
     pattern = (weights.shape.kept, weights.shape.of) if weights and weights.shape.fixed else None
-    return foreseen_bytes(checkpoint, zeros, [matrix.name for matrix in matrices], pattern)
+    return checkpoint.folder.dense_bytes - foreseen_bytes(checkpoint, zeros, matrices, pattern)
 
 
 _INTERPRETER = 450 * 2**20  # anonymous memory of Python with torch and transformers

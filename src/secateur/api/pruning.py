@@ -28,7 +28,7 @@ from secateur.meters.counts import count_parts, factored
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
 from secateur.meters.perplexity import Text, fits, perplexity
-from secateur.methods.base import worth
+from secateur.methods.base import ZEROS, worth
 from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
 
 
@@ -151,7 +151,7 @@ def _cut(
     text = _text(prepared)
     record = run.write(plan)
     result = Checkpoint.open(run.result, prepared.checkpoint.architecture.origin)
-    achieved = achieved_of(prepared.checkpoint, result, prepared.method.output == "zeros")
+    achieved = achieved_of(prepared.checkpoint, result, prepared.method.output in ZEROS)
     if prepared.method.output == "factors":
         achieved = factored(achieved, run.result / LEARNED)
     figures = None if text is None else _perplexities(prepared, result, text, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from secateur.budgets.path import SizesPath
 from secateur.budgets.ranking import GlobalRanking
 from secateur.budgets.targets import Target
 from secateur.errors import InternalError, RequestError, refuse
-from secateur.families import Architecture, Kind, Layout, Sizes
+from secateur.families import Architecture, Kind, Layout, Sizes, resized
 from secateur.families.limits import grain, problems, refusals
 
 Latency = Callable[[Sizes], float]
@@ -205,6 +205,20 @@ class Budget:
             )
         return best
 
+    def behind(self, sizes: Sizes) -> Budget:
+        """The same amounts that shall remain, asked of the model at other sizes."""
+        targets = tuple(replace(t, fraction=None, absolute=t.of(self._cost(t)(self.sizes))) for t in self.targets)
+        return replace(self, architecture=resized(self.architecture, sizes, layout=self.layout), targets=targets)
+
+    def part(self, share: float) -> Budget:
+        """A share of what shall go."""
+
+        def less(target: Target) -> Target:
+            present = self._cost(target)(self.sizes)
+            return replace(target, fraction=None, absolute=present - share * (present - target.of(present)))
+
+        return self if share == 1 else replace(self, targets=tuple(map(less, self.targets)))
+
     def weights(self, prunable: int) -> int:
         """How many of some single weights may stay: what the targets leave when the others all do.
 
@@ -238,10 +252,16 @@ class Budget:
             found = f"zeros change nothing about {target.measure}"
             refuse("bad-target", f"target {target} of single weights", found, "--ratio, or a method that removes units")
         present = self._cost(target)(self.sizes)
-        kept = prunable - round(present - target.of(present))
+        gone = round(present - target.of(present))
+        if gone < 0:
+            found = f"only {present:,.0f} are there before any weight goes"
+            refuse("out-of-reach", f"target {target}", found, "a lower target, or less that goes before")
+        kept = prunable - gone
         if not 0 < kept <= prunable:
             reach = f"only {prunable:,} of {present:,.0f} can become zero"
-            refuse("out-of-reach", f"target {target}", reach, f"a ratio below {prunable / present:.4g}")
+            most = f"{target.measure} from {present - prunable:,.0f} to {present:,.0f}"
+            hint = most if target.fraction is None else f"a ratio below {prunable / present:.4g}"
+            refuse("out-of-reach", f"target {target}", reach, hint)
         return kept
 
     def at(self, kind: Kind, size: int, base: Sizes | None = None) -> Sizes:

@@ -1,5 +1,5 @@
 """Apply a plan to the tensors of one place."""
 
-from secateur.cuts.apply import cut_place
+from secateur.cuts.apply import cut_architecture, cut_place
 
-__all__ = ["cut_place"]
+__all__ = ["cut_architecture", "cut_place"]

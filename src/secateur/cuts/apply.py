@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secateur.cuts.masks import masked
 from secateur.cuts.stream import narrow_stream
-from secateur.families import Architecture, Block, CanonicalTensor, canonical_name, place_name
+from secateur.families import Architecture, Block, CanonicalTensor, Layout, canonical_name, place_name, resized
 from secateur.families.roles import NORMS, PORTS, dimensions_of, writes_stream
 from secateur.families.sizes import KINDS_OF_AXIS
 from secateur.plans import Plan
@@ -18,6 +18,11 @@ from secateur.spaces import columns_of_values, positions, space_name
 
 HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
+
+
+def cut_architecture(source: Architecture, plan: Plan, layout: Layout) -> Architecture:
+    """The architecture that a plan leaves."""
+    return resized(source, plan.after, plan.blocks if "blocks" in plan.kept else None, layout)
 
 
 def cut_place(

@@ -150,9 +150,11 @@ def _members() -> dict[str, list[tuple[str, dict[str, Any]]]]:
     for name in method_names():
         kind = method_class(name)
         found.setdefault(kind.group, []).append((name, {}))
+        told = {kind}  # one that several values make is taken up with the first
         for (option, value), variant in kind.variants.items():
-            if variant.group != kind.group:
+            if variant.group != kind.group and variant not in told:
                 found.setdefault(variant.group, []).append((name, {option: value}))
+            told.add(variant)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint with edits laid over it, or with biases that it has not: what rounds and mends start from."""
+"""A checkpoint edited, with more biases or cut: what rounds, mends and later steps of a run start from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
+from secateur.cuts import cut_architecture, cut_place
 from secateur.cuts.masks import masked
-from secateur.families import Block, Sizes, canonical_name, resized
+from secateur.families import Block, Layout, Sizes, canonical_name, resized
 from secateur.families.roles import BIASES
 from secateur.plans import Plan
 
@@ -60,6 +61,33 @@ class BiasedCheckpoint(Checkpoint):
                 dtype = next(iter(found.values())).dtype if found else torch.float32
                 found[tensor.name] = torch.zeros(self.architecture.shapes[tensor.name], dtype=dtype)
         return found
+
+
+class CutCheckpoint(Checkpoint):
+    """Reads as what a plan leaves of the source, under the names and in the shapes that it has then.
+
+    Args:
+        source: the model before.
+        plan: of it, complete.
+        layout: of what is left.
+    """
+
+    def __init__(self, source: Checkpoint, plan: Plan, layout: Layout) -> None:
+        self.__dict__.update(source.__dict__)
+        self._source, self._plan, self._survivors = source, plan, plan.survivors
+        self.architecture = cut_architecture(source.architecture, plan, layout)
+        own = {name: self._survivors.old_name(name) for name in self.architecture.tensors}
+        self.__dict__["dtypes"] = {name: source.dtypes[old] for name, old in own.items() if old in source.dtypes}
+
+    def read(self, place: Block, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        wanted = [tensor.name for tensor in self.architecture.tensors_of(place)] if names is None else list(names)
+        if not wanted:
+            return {}
+        before = None if place is None else self._plan.blocks[place]
+        read = self._source.read(before, [self._survivors.old_name(name) for name in wanted])
+        cut = cut_place(self._source.architecture, self.architecture, before, read, self._plan)
+        found = {self._survivors.new_name(name): tensor for name, tensor in cut.items()}
+        return {name: found[name] for name in wanted if name in found}
 
 
 def with_biases(checkpoint: Checkpoint, plan: Plan) -> Checkpoint:

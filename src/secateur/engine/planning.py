@@ -1,4 +1,4 @@
-"""The plan of a run: summaries of all places, the decision, and the mends that complete it; in rounds, if need be."""
+"""The plan of a run: summaries of all places, the decision, and the mends that complete it, in rounds and steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
 from secateur.engine.blocks import BlockRunner
-from secateur.engine.edited import EditedCheckpoint, with_biases
+from secateur.engine.edited import CutCheckpoint, EditedCheckpoint, with_biases
 from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.mending import MendSweep
@@ -52,9 +52,28 @@ class Planning:
         self.work, self.journal, self.progress = work, journal, progress
 
     def plan(self) -> Plan:
-        """All rounds; what an interrupted run has finished is not done again."""
-        method, plan = self.prepared.method, None
+        """All steps in all their rounds; what an interrupted run has finished is not done again."""
+        method = self.prepared.method
         method.sizes(self.prepared.budget)  # refuses an unreachable target before any sweep
+        if len(method.chain) == 1:
+            return self._rounds()
+        first, *later = method.chain
+        plan = self._step(1, replace(self.prepared, method=first))
+        for number, step in enumerate(later, 2):
+            left = CutCheckpoint(self.prepared.checkpoint, plan, self.prepared.request.layout)
+            budget = self.prepared.budget.behind(plan.after)
+            plan = plan.then(self._step(number, replace(self.prepared, method=step, checkpoint=left, budget=budget)))
+        return plan
+
+    def _step(self, number: int, prepared: Prepared) -> Plan:
+        """The plan of one of several methods for the model that those before it leave, in a folder of its own."""
+        folder, ids = self.work / f"step-{number}", self.ids if prepared.method.data == "text" else None
+        folder.mkdir(exist_ok=True)
+        journal = Journal(folder, self.journal.fingerprint)
+        return Planning(prepared, ids, self.texts, self.artifacts, folder, journal, self.progress)._rounds()
+
+    def _rounds(self) -> Plan:
+        method, plan = self.prepared.method, None
         for number in range(method.rounds):
             if method.rounds == 1:
                 plan = _Round(self, self.work, self.journal, number, plan).plan()

@@ -14,6 +14,7 @@ import torch
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, output_layout
 from secateur.checkpoints.companions import copy_companions
 from secateur.checkpoints.folder import CONFIG, RECORD
+from secateur.cuts import cut_architecture
 from secateur.data.windows import Windows
 from secateur.engine.journal import Journal, work_folder
 from secateur.engine.packing import packed_result
@@ -24,7 +25,7 @@ from secateur.engine.publish import publish
 from secateur.engine.sweeps import cut_sweep
 from secateur.engine.verify import verify_output
 from secateur.errors import refuse
-from secateur.families import Architecture, resized
+from secateur.families import Architecture
 from secateur.families.loading import loads_in
 from secateur.families.resizing import layer_record, modeling_file
 from secateur.plans import Artifact, FactorFiles, Plan
@@ -122,8 +123,7 @@ class Run:
 
     def target(self, plan: Plan) -> Architecture:
         """Architecture of the output."""
-        kept = plan.blocks if "blocks" in plan.kept else None
-        return resized(self.checkpoint.architecture, plan.after, kept, self.prepared.request.layout)
+        return cut_architecture(self.checkpoint.architecture, plan, self.prepared.request.layout)
 
     def write(self, plan: Plan) -> dict[str, Any]:
         """Write the output folder and check that it reloads.

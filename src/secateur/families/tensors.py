@@ -105,6 +105,16 @@ class Survivors:
         _, block, local = found.split(".", 2)
         return f"blocks.{self._blocks[block]}.{local}" if block in self._blocks else None
 
+    def old_name(self, name: str) -> str:
+        """The canonical name before, of one in the pruned model."""
+        parts = name.split(".")
+        if parts[0] != "blocks":
+            return name
+        block = self.blocks[int(parts[1])]
+        experts = self.experts.get(block) if parts[2] == "experts" and parts[3].isdigit() else None
+        local = parts[2:] if experts is None else [parts[2], str(experts[int(parts[3])]), *parts[4:]]
+        return ".".join(["blocks", str(block), *local])
+
 
 def place_name(block: Block) -> str:
     """``stem`` or ``blocks.I``."""

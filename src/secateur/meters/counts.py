@@ -52,11 +52,14 @@ def factored(achieved: Counts, folder: Path) -> Counts:
 def remaining(achieved: Counts) -> int:
     """Parameters that are left, given counts before and after: without the zeros that stand in place of what went.
 
-    Matrices that are kept as factors count as these.
+    Zeros that the source had count as left. Matrices that are kept as factors count as these.
     """
     if "factored_params" in achieved:
         return achieved["factored_params"]
-    return achieved["params"] - (achieved["nonzero_before"] - achieved["nonzero"] if "nonzero" in achieved else 0)
+    if "nonzero" not in achieved:
+        return achieved["params"]
+    zeros_before = achieved["params_before"] - achieved["nonzero_before"]
+    return min(achieved["params"], achieved["nonzero"] + zeros_before)
 
 
 def share_removed(achieved: Counts) -> float:

@@ -22,7 +22,7 @@ from secateur.methods.charts import density_chart
 from secateur.methods.elementwise import squares_of
 from secateur.plans import Mend, Plan
 from secateur.spaces import BlockView
-from secateur.spaces.weights import INPUTS, Part, all_matrices, input_key, matrices_of
+from secateur.spaces.weights import INPUTS, PARTS, Part, all_matrices, input_key, matrices_of
 
 _LARGEST_BLOCK = 128
 _MOST_SUPPORTS = 100
@@ -52,7 +52,7 @@ class Armor(Method):
     pattern: Annotated[PatternName, AfterValidator(_few_supports)] = Field(
         "2:4", description="N:M, of the core: N of every M consecutive inputs stay; the pattern is the size"
     )
-    part: Part = Field("all", description="which matrices of the blocks: all, attention or ffn")
+    part: Part = Field("all", description=PARTS)
     block: PositiveInt | None = Field(
         None,
         description=f"side of the wrappers' blocks; left out: for each matrix the largest power of two up to "

@@ -23,13 +23,17 @@ from secateur.families import Block, Layout, Sizes
 from secateur.plans import Artifact, Edits, Mend, Plan
 from secateur.spaces import BlockView, Kind, Space, all_spaces
 
-Output = Literal["dense", "dense-per-layer", "zeros", "factors", "runtime", "index"]
+Output = Literal["dense", "dense-per-layer", "zeros", "dense-zeros", "factors", "runtime", "index"]
+ZEROS: tuple[Output, ...] = ("zeros", "dense-zeros")
+"""Kinds in which weights become zero where they stand."""
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 WORTH: Mapping[Output, str] = {
     "dense": "a stock checkpoint, smaller and faster everywhere",
     "dense-per-layer": "a checkpoint whose layers differ, loaded with the bundled modelling file",
     "zeros": "zeros in place: the same bytes, and on CPUs the same speed; --format bitmask packs them on disk",
+    "dense-zeros": "a smaller checkpoint with zeros in place of single weights: these save nothing more, but bytes on "
+    "disk with --format bitmask",
     "factors": "factored matrices, multiplied out for evaluation: the weights are as large as before, the factors lie "
     "beside them",
     "runtime": "a policy that acts at run time",
@@ -48,7 +52,7 @@ def worth(output: Output, layout: Layout, format: str = "dense") -> str:
     kind: Output = "dense-per-layer" if output == "dense" and layout == "per-layer" else output
     if format == "dense":
         return f"{kind}: {WORTH[kind]}"
-    return f"{kind}: {PACKED}" if kind == "zeros" else f"{kind}: {WORTH[kind]}; {PACKED}. It has few zeros"
+    return f"{kind}: {PACKED}" if kind in ZEROS else f"{kind}: {WORTH[kind]}; {PACKED}. It has few zeros"
 
 
 Derivative = Literal["mean", "squares", "signals", "tables"]
@@ -242,6 +246,11 @@ class Method(BaseModel):
     def rounds(self) -> int:
         """How often ``score``, ``decide`` and ``mend`` are called, each time on the model as the last left it."""
         return 1
+
+    @property
+    def chain(self) -> tuple[Method, ...]:
+        """Methods that are run one after the other, each on what the one before leaves, to the same target."""
+        return (self,)
 
     def in_layout(self, layout: Layout) -> Self:
         """This method with the options that follow from the layout of the output."""

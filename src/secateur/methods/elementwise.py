@@ -21,32 +21,20 @@ from secateur.plans import Mend, Plan
 from secateur.plans.lazy import OneAtATime
 from secateur.scores.weights import lamp_scores
 from secateur.spaces import BlockView
-from secateur.spaces.weights import INPUTS, Part, all_matrices, block_of, input_key, matrices_of, units_of
+from secateur.spaces.weights import INPUTS, PARTS, Part, all_matrices, block_of, input_key, matrices_of, units_of
 
 Allocation = Literal["uniform", "uniform+", "erk", "block", "global", "lamp", "owl"]
 _RANKED = ("block", "global", "lamp")
 _OUTLIERS = "outliers"
 
 
-class Elementwise(Method):
-    """Zero the weights of the blocks' matrices that score lowest.
-
-    Class attributes:
-        signals: statistics of a matrix's inputs that its score reads, ``moments`` or ``gram``; empty for none.
-    """
-
-    output = "zeros"
-    group = "unstructured"
-    order = "sequential"
-    signals: ClassVar[Literal["", "moments", "gram"]] = ""
+class WeightOptions(Method):
+    """Which single weights compete with which, and how many of each matrix stay."""
 
     pattern: PatternName = Field(
         "element",
         description="shape in which weights go: element, N:M (N of every M consecutive inputs stay, e.g. 2:4; the "
         "pattern is the size, no --ratio is needed) or RxC blocks (e.g. 16x16)",
-    )
-    within: Group = Field(
-        "matrix", description="what the weights of a matrix compete in: each row, or the whole matrix"
     )
     allocation: Allocation = Field(
         "uniform",
@@ -54,7 +42,7 @@ class Elementwise(Method):
         "last (uniform+), in proportion to inputs plus outputs (erk), what one ranking of a block or of all weights "
         "leaves (block, global), the same with LAMP's normalised scores (lamp), less where few scores stand out (owl)",
     )
-    part: Part = Field("all", description="which matrices of the blocks: all, attention or ffn")
+    part: Part = Field("all", description=PARTS)
     floor: NonNegativeFloat = Field(
         0.0,
         le=100,
@@ -79,6 +67,23 @@ class Elementwise(Method):
     def sized(self) -> bool:
         return self.shape.fixed or super().sized
 
+
+class Elementwise(WeightOptions):
+    """Zero the weights of the blocks' matrices that score lowest.
+
+    Class attributes:
+        signals: statistics of a matrix's inputs that its score reads, ``moments`` or ``gram``; empty for none.
+    """
+
+    output = "zeros"
+    group = "unstructured"
+    order = "sequential"
+    signals: ClassVar[Literal["", "moments", "gram"]] = ""
+
+    within: Group = Field(
+        "matrix", description="what the weights of a matrix compete in: each row, or the whole matrix"
+    )
+
     @property
     def _summarised(self) -> bool:
         return self.allocation in (*_RANKED, "owl")
@@ -97,7 +102,7 @@ class Elementwise(Method):
 
     @property
     def rewrites(self) -> bool:
-        return self.part != "ffn"
+        return self.part in ("all", "attention")
 
     @property
     def _statistics(self) -> frozenset[str]:

@@ -15,7 +15,7 @@ from secateur.methods.domains import Domain
 from secateur.methods.saliency import Moment, stored_gradients
 from secateur.plans import Edits
 from secateur.plans.lazy import OneAtATime
-from secateur.spaces.weights import Part
+from secateur.spaces.weights import PARTS, Part
 
 _RANGE = (0.8, 1.2)
 
@@ -31,7 +31,7 @@ class GaPrune(Domain):
     title = "GAPrune: Gradient-Alignment Pruning for Domain-Aware Embeddings"
     paper = "arXiv:2509.10844"
 
-    part: Part = Field("ffn", description="which matrices of the blocks: all, attention or ffn")
+    part: Part = Field("ffn", description=PARTS)
     allocation: Literal["uniform", "block", "global", "lamp"] = Field(
         "global", description="how much every matrix keeps: what one ranking leaves, or the same share"
     )

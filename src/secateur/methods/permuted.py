@@ -55,7 +55,10 @@ class Permuted(Elementwise):
             return Mend(masks={name: self._mask_of_any_order(each) for name, each in scores.items()})
         edits: dict[str, Tensor] = {}
         for space in view.spaces("ffn"):
-            order = self._order(scores[view.reader(space).name])
+            reader = view.reader(space).name
+            if reader not in scores:
+                continue  # of another part
+            order = self._order(scores[reader])
             for member in view.members(space):
                 name, index = member.tensor.name, positions(order, member.span)
                 edits[name] = member.values.index_select(member.axis, index.to(member.values.device))

@@ -100,15 +100,23 @@ def describe_method(name: str) -> dict[str, Any]:
         "worth": WORTH[kind.output],
         "options": describe_options(kind),
         "variants": {
-            "=".join(key): {
+            key: {
                 "output": variant.output,
                 "worth": WORTH[variant.output],
                 "group": variant.group,
                 "options": describe_options(variant),
             }
-            for key, variant in kind.variants.items()
+            for key, variant in _variants(kind).items()
         },
     }
+
+
+def _variants(kind: type[Method]) -> dict[str, type[Method]]:
+    """Variants of a method by what makes them, ``OPTION=VALUE|VALUE``."""
+    values: dict[tuple[str, type[Method]], list[str]] = {}
+    for (option, value), variant in kind.variants.items():
+        values.setdefault((option, variant), []).append(value)
+    return {f"{option}={'|'.join(each)}": variant for (option, variant), each in values.items()}
 
 
 def describe_options(schema: type[BaseModel]) -> dict[str, Any]:

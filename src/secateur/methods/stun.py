@@ -1,13 +1,13 @@
-"""STUN, its structured half: experts that behave alike become one (arXiv:2409.06211)."""
+"""STUN: experts that behave alike become one, and single weights go in those that are left (arXiv:2409.06211)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor
 
 from secateur.budgets import Budget
@@ -15,7 +15,13 @@ from secateur.errors import refuse
 from secateur.families import Block, Sizes
 from secateur.families.roles import EXPERT_ROLES
 from secateur.mends.experts import means_of_clusters, names_of_means
-from secateur.methods.base import Method, Study
+from secateur.methods.base import Fraction, Method, Study
+from secateur.methods.chain import Chain
+from secateur.methods.elementwise import WeightOptions
+from secateur.methods.magnitude import MagnitudeOfWeights
+from secateur.methods.ria import Ria
+from secateur.methods.sparsegpt import SparseGpt
+from secateur.methods.wanda import Wanda
 from secateur.plans import Chart, PlaceAtATime, Plan, points_of
 from secateur.plans.chart import MAX_SERIES
 from secateur.scores.experts import (
@@ -29,17 +35,25 @@ from secateur.scores.experts import (
     router_distances,
 )
 from secateur.spaces import BlockView, Kind
+from secateur.spaces.weights import PARTS, Part
 
 _ROLES = ("router", *EXPERT_ROLES)
+_METHODS: Final[Mapping[str, type[WeightOptions]]] = {
+    "wanda": Wanda,
+    "ria": Ria,
+    "sparsegpt": SparseGpt,
+    "magnitude": MagnitudeOfWeights,
+}
+Scores = Literal["wanda", "ria", "sparsegpt", "magnitude"]
 Clusters = Mapping[str, list[list[int]]]
 """Of every space of experts."""
 
 
-class Stun(Method):
-    """Cluster the experts of each block by behaviour (O(1) forward passes) and keep one expert of every cluster."""
+class ExpertOptions(Method):
+    """Which experts are alike, and which of them stays."""
 
     name = "stun"
-    title = "STUN: Structured-Then-Unstructured Pruning for Scalable MoE Pruning (its structured half)"
+    title = "STUN: Structured-Then-Unstructured Pruning for Scalable MoE Pruning"
     paper = "arXiv:2409.06211"
 
     similarity: Literal["router", "coactivation", "mix", "traffic"] = Field(
@@ -66,6 +80,47 @@ class Stun(Method):
     def cuts(self) -> Kind:
         return "experts"
 
+
+class StunOfWeights(Chain, ExpertOptions, WeightOptions):
+    """Both halves: experts that behave alike become one, then the matrices that are left lose single weights."""
+
+    output = "dense-zeros"
+    group = "mixed"
+
+    weights: Scores = Field("wanda", description="method by which single weights go, with its own defaults")
+    experts: Fraction | None = Field(
+        None, description="share of the experts that goes first; left out: as many as make half of what goes in all"
+    )
+    sparsity: Fraction | None = Field(
+        None, description="share of the weights that goes then, in the matrices that part names, instead of --ratio"
+    )
+    part: Part = Field("experts", description=PARTS)
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> Self:
+        if self.sized and self.experts is None:
+            raise ValueError("sparsity and pattern say only how many weights go: give experts, too")
+        return self
+
+    @property
+    def chain(self) -> tuple[Method, ...]:
+        alike, weights = (
+            {name: getattr(self, name) for name in schema.model_fields} for schema in (ExpertOptions, WeightOptions)
+        )
+        first = _HalfOfStun if self.experts is None else Stun
+        return first(**{**alike, "sparsity": self.experts}), _METHODS[self.weights](**weights)
+
+
+class Stun(ExpertOptions):
+    """Cluster the experts of each block by behaviour (O(1) forward passes) and keep one expert of every cluster."""
+
+    variants: ClassVar = {("weights", score): StunOfWeights for score in _METHODS}
+    share: ClassVar[float] = 1.0
+
+    weights: Literal["none"] = Field(
+        "none", description=f"whether single weights go then, in what is left: {', '.join(_METHODS)}"
+    )
+
     @property
     def data(self) -> Literal["none", "text"]:  # type: ignore[override]
         return "none" if (self.similarity, self.representative) == ("router", "medoid") else "text"
@@ -80,7 +135,7 @@ class Stun(Method):
 
     def sizes(self, budget: Budget) -> Sizes:
         if budget.layout == "native":
-            return self._solve(budget, "experts")
+            return self._solve(budget.part(self.share), "experts")
         blocks = budget.sizes.blocks
         most = max(block.experts for block in blocks)
         return self._after(
@@ -160,7 +215,7 @@ class Stun(Method):
                 path.append(replace(budget.sizes, blocks=tuple(blocks)))
         budget.reachable("experts", budget.sizes)  # refuses what the layout cannot hold
         if self.sparsity is None:
-            return budget.solve_among(path[::-1], "experts")
+            return budget.part(self.share).solve_among(path[::-1], "experts")
         total = sum(block.experts for block in budget.sizes.blocks)
         gone = total - int((1 - self.sparsity) * total)
         if gone >= len(path):
@@ -172,6 +227,12 @@ class Stun(Method):
         if self.representative == "busiest":
             return cluster[int(summaries[f"{space}.mass"][cluster].argmax())]
         return nearest_to_mean(summaries[f"{space}.weights"], cluster)
+
+
+class _HalfOfStun(Stun):
+    """The same for half of what shall go."""
+
+    share = 0.5
 
 
 def _notes(joins: Mapping[str, list[Join]], clusters: Clusters) -> dict[str, Any]:

@@ -59,3 +59,24 @@ class OneAtATime(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """The tensors of a mapping under other names, each loaded when it is asked for.
+
+    Args:
+        tensors: by their own names.
+        name: the other one of each.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: Callable[[str], str]) -> None:
+        self._tensors, self._own = tensors, {name(own): own for own in tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._own[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)

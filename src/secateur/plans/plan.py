@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from secateur.families import Sizes, Survivors
 from secateur.families.resizing import sizes_of
 from secateur.families.sizes import BlockSizes
 from secateur.plans.chart import Chart
-from secateur.plans.lazy import OneAtATime
+from secateur.plans.lazy import OneAtATime, Renamed
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,26 @@ class Plan:
     def sizes_of(self, block: int) -> BlockSizes:
         """Sizes of a surviving block, by its index in the dense model."""
         return self.after.blocks[self.blocks.index(block)]
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and one for the model that it leaves, as one plan for the model before both.
+
+        Args:
+            later: sets zeros and edits, in matrices that this plan leaves whole or takes away whole.
+        """
+        if later.kept or later.bases or later.after != self.after:
+            raise InternalError("bad-plan", "one plan behind another", "the later one removes more than single weights")
+        name = self.survivors.old_name
+        return replace(
+            self,
+            edits=Overlay(Renamed(later.edits, name), self.edits),
+            masks=Overlay(Renamed(later.masks, name), self.masks),
+            factors=Overlay(Renamed(later.factors, name), self.factors),
+            counts={**self.counts, **{name(matrix): count for matrix, count in later.counts.items()}},
+            notes={**self.notes, **later.notes},
+            artifacts={**self.artifacts, **later.artifacts},
+            charts=(*self.charts, *later.charts),
+        )
 
     def edits_of(self, place: int | None) -> dict[str, Tensor]:
         """The edits of one place, loaded."""

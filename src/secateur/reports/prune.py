@@ -145,7 +145,7 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
             "`secateur unpack . -o OUT` writes them as `model*.safetensors`.\n\n"
             f"Unpacked: {loading[0].lower()}{loading[1:]}"
         )
-    gone = "zero" if "nonzero" in achieved else "gone"
+    gone = ("gone or zero" if _smaller(achieved) else "zero") if "nonzero" in achieved else "gone"
     gone = "saved where the factors are kept instead of their products" if "factored_params" in achieved else gone
     text = f"""---
 library_name: transformers
@@ -264,6 +264,11 @@ def closing(record: dict[str, Any], run: dict[str, str], hashes: Table) -> list[
     return sections
 
 
+def _smaller(achieved: dict[str, int]) -> bool:
+    """Whether there are fewer parameters, zeros counted."""
+    return achieved["params"] < achieved["params_before"]
+
+
 def describe(facts: PruneFacts) -> Document:
     """The report of a run, its measured times included."""
     record, achieved = facts.record, facts.achieved
@@ -281,7 +286,8 @@ def describe(facts: PruneFacts) -> Document:
         *_method(facts),
         *closing(record, facts.run, Table(["of", "value"], hashes, "What the result follows from", numbers=False)),
     ]
-    done = "put zeros in the place of" if "nonzero" in achieved else "removed"
+    zeros = "removed or set to zero" if _smaller(achieved) else "put zeros in the place of"
+    done = zeros if "nonzero" in achieved else "removed"
     done = "found factors (in learned/) that save" if "factored_params" in achieved else done
     lead = (
         f"{record['method']} {done} {share_removed(achieved):.2%} of all parameters: {achieved['params_before']:,} "

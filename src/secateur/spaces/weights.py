@@ -6,10 +6,12 @@ from collections.abc import Collection, Iterable
 from itertools import groupby
 from typing import Final, Literal
 
+from secateur.errors import refuse
 from secateur.families import Architecture, Block, CanonicalTensor, canonical_name
 from secateur.families.roles import MATRICES, branch_of
 
-Part = Literal["all", "attention", "ffn"]
+Part = Literal["all", "attention", "ffn", "experts"]
+PARTS: Final = "which matrices of the blocks: all, attention, ffn or those of the routed experts"
 
 INPUTS: Final = "inputs"
 """In the name of evidence: all distinct inputs of the matrices of a block."""
@@ -21,7 +23,7 @@ _CHOICES: Final = ("router", "shared_router", "sinks")
 
 
 def matrices_of(architecture: Architecture, place: Block, part: Part = "all") -> list[CanonicalTensor]:
-    """The matrices of a block whose weights can go one by one; none of the stem.
+    """The matrices of a block whose weights can go one by one; none of the stem. ``experts`` are the routed ones.
 
     Embeddings, head, norms, biases and what chooses between experts stay whole.
     """
@@ -34,13 +36,20 @@ def matrices_of(architecture: Architecture, place: Block, part: Part = "all") ->
         and tensor.role in MATRICES
         and tensor.role not in _CHOICES
         and len(tensor.axes) == 2
-        and part in ("all", branch_of(tensor.role))
+        and part in ("all", branch_of(tensor.role), "experts" if isinstance(tensor.expert, int) else None)
     ]
 
 
 def all_matrices(architecture: Architecture, part: Part = "all") -> list[CanonicalTensor]:
-    """Those of all blocks, in order."""
-    return [tensor for place in architecture.places for tensor in matrices_of(architecture, place, part)]
+    """Those of all blocks, in order.
+
+    Raises:
+        RequestError: there are none of that part.
+    """
+    found = [tensor for place in architecture.places for tensor in matrices_of(architecture, place, part)]
+    if not found:
+        refuse("bad-option", f"part={part}", "this model has no such matrices", "leave part out")
+    return found
 
 
 def input_key(architecture: Architecture, tensor: CanonicalTensor) -> str:
