@@ -69,7 +69,11 @@ def stock(name: str | Tiny, dtype: torch.dtype = torch.float32, seed: int = 0, *
     tiny = name if isinstance(name, Tiny) else ALL[name]
     config = AutoConfig.for_model(tiny.model_type or str(name), **{**COMMON, **tiny.config, **changes})
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return randomised(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), seed)
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """The same model with random weights, in which no bias is zero and no norm weight one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
