@@ -33,9 +33,7 @@ ENCODERS: dict[str, Tiny] = {
             ffn_readers=("intermediate.dense",),
         ),
     ),
-    "qwen3": Tiny(
-        GQA, Where("layers", ("embed_tokens",), final_norm="norm")
-    ),
+    "qwen3": Tiny(GQA, Where("layers", ("embed_tokens",), final_norm="norm")),
 }
 """Models without a head."""
 
@@ -47,7 +45,9 @@ def stock(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
         return models.randomised(AutoModel.from_config(config, dtype=dtype).eval())
 
 
-def save(folder: Path, name: str = "bert", dtype: torch.dtype = torch.float32, pooling: str = "", **changes: Any) -> Path:
+def save(
+    folder: Path, name: str = "bert", dtype: torch.dtype = torch.float32, pooling: str = "", **changes: Any
+) -> Path:
     """Write a checkpoint folder, with the files of sentence-transformers where a pooling is named."""
     with quiet_transformers():
         stock(name, dtype, **changes).save_pretrained(folder)
@@ -63,7 +63,9 @@ def described(folder: Path, pooling: str) -> None:
     modules = [{"path": "", "type": f"{kind}Transformer"}, {"path": "1_Pooling", "type": f"{kind}Pooling"}]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    switches = {f"pooling_mode_{each}": each == pooling for each in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")}
+    switches = {
+        f"pooling_mode_{each}": each == pooling for each in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+    }
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(switches))
 
 
@@ -83,6 +85,8 @@ def write_scored(path: Path, count: int = 30) -> Path:
     lines = []
     for i in range(count):
         words = models.text(2, 1000 + i).split()
-        lines.append({"sentence1": " ".join(words[:6]), "sentence2": " ".join(words[4 : 9 + i % 4]), "score": i % 7 / 2})
+        lines.append(
+            {"sentence1": " ".join(words[:6]), "sentence2": " ".join(words[4 : 9 + i % 4]), "score": i % 7 / 2}
+        )
     path.write_text("\n".join(map(json.dumps, lines)) + "\n")
     return path

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import secateur
 from secateur.families.stock import quiet_transformers
@@ -167,7 +167,8 @@ def load(folder: Path, **options: Any) -> Any:
         if "auto_map" in config(folder):
             model, info = secateur.load(folder, **arguments)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+            headed = config(folder)["architectures"][0].endswith(("CausalLM", "LMHeadModel"))
+            model, info = (AutoModelForCausalLM if headed else AutoModel).from_pretrained(folder, **arguments)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(".attn.bias")]

@@ -16,6 +16,7 @@ import limits
 import models
 import secateur
 from conftest import Checkpoints
+from encoders import ENCODERS
 from secateur.errors import RequestError
 from secateur.families import Architecture, family_names
 from secateur.families.limits import LAYOUTS, verdict
