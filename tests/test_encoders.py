@@ -160,6 +160,7 @@ def test_a_decoder_with_a_head_embeds_where_its_folder_says_so(tmp_path: Path, t
     result = secateur.prune(folder, method="snip", ratio=0.1, data=texts["pairs"], output=tmp_path / "out")
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())["data"]
     assert (record["pairs"], record["parts"], record["together"]) == (40, 2, 8)
+    assert Checkpoint.open(tmp_path / "out").embedding == Checkpoint.open(folder).embedding
     grid.check_counts(result, tmp_path / "out")
 
 
