@@ -68,10 +68,10 @@ class Planning:
 
     def _step(self, number: int, prepared: Prepared) -> Plan:
         """The plan of one of several methods for the model that those before it leave, in a folder of its own."""
-        folder, ids = self.work / f"step-{number}", self.ids if prepared.method.data == "text" else None
+        folder, data = self.work / f"step-{number}", self.data if prepared.method.data == "text" else None
         folder.mkdir(exist_ok=True)
         journal = Journal(folder, self.journal.fingerprint)
-        return Planning(prepared, ids, self.texts, self.artifacts, folder, journal, self.progress)._rounds()
+        return Planning(prepared, data, self.texts, self.artifacts, folder, journal, self.progress)._rounds()
 
     def _rounds(self) -> Plan:
         method, plan = self.prepared.method, None
