@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import secateur
 from secateur.families.stock import quiet_transformers
@@ -69,7 +69,11 @@ def stock(name: str | Tiny, dtype: torch.dtype = torch.float32, seed: int = 0, *
     tiny = name if isinstance(name, Tiny) else ALL[name]
     config = AutoConfig.for_model(tiny.model_type or str(name), **{**COMMON, **tiny.config, **changes})
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return randomised(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), seed)
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """The same model with random weights, in which no bias is zero and no norm weight one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -163,7 +167,8 @@ def load(folder: Path, **options: Any) -> Any:
         if "auto_map" in config(folder):
             model, info = secateur.load(folder, **arguments)
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+            headed = config(folder)["architectures"][0].endswith(("CausalLM", "LMHeadModel"))
+            model, info = (AutoModelForCausalLM if headed else AutoModel).from_pretrained(folder, **arguments)
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(".attn.bias")]

@@ -23,7 +23,6 @@ from secateur.errors import InternalError, RequestError, SecateurError
 from secateur.families import Architecture, family_names, load_family
 from secateur.families.limits import refusals
 from secateur.families.loading import RUNTIMES, cut_kinds, loads_in
-from secateur.families.stock import example_config
 from secateur.runtimes import gguf_file
 
 ENDING = {"llama.cpp": ".gguf", "onnxruntime": ".onnx"}
@@ -60,7 +59,7 @@ def claims() -> list[tuple[str, str, str]]:
     """
     found = []
     for family in family_names():
-        architecture = Architecture(example_config(family))
+        architecture = Architecture.example(family)
         for runtime, entry in load_family(family).loads_in.items():
             stated = dict.fromkeys(grid.SPACES, entry) if isinstance(entry, str) else entry
             native = [kind for kind in stated if not refusals(architecture, kind)]

@@ -17,6 +17,7 @@ import secateur
 from conftest import Checkpoints
 from secateur.budgets import Budget
 from secateur.checkpoints import Checkpoint, Folder
+from secateur.data.windows import Windows
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.journal import Journal
 from secateur.engine.prepare import prepare
@@ -260,7 +261,7 @@ def test_added_biases_are_part_of_the_signal_behind_them(
 
 
 def _trials(source: Checkpoint, ids: Tensor, folder: Path) -> CalibrationTrials:
-    return CalibrationTrials(source, ids, DOUBLE, torch.device("cpu"), folder, Journal(folder, {}))
+    return CalibrationTrials(source, Windows(ids, ""), DOUBLE, torch.device("cpu"), folder, Journal(folder, {}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

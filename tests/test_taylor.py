@@ -45,14 +45,14 @@ def _groups(model: Path, notes: Path, folder: Path, **options: Any) -> tuple[Gro
         prepare(make_request({"model": str(model), **_request(notes, "llm_pruner", options=options)})), folder, Silent()
     )
     assert run.windows is not None
-    prepared, ids = run.prepared, run.windows.ids
+    prepared, windows = run.prepared, run.windows
     study = Study(prepared.budget, torch.Generator(), lambda place, roles: view_of(run.checkpoint, place, roles))
     study.make_trials = lambda: CalibrationTrials(
-        run.checkpoint, ids, prepared.dtype, prepared.device, run.work, run.journal
+        run.checkpoint, windows, prepared.dtype, prepared.device, run.work, run.journal
     )
     groups = Groups(study, prepared.method)  # type: ignore[arg-type]
     groups.measure()
-    return groups, ids
+    return groups, windows.ids
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from secateur.engine.progress import Silent
 from secateur.errors import RequestError
 from secateur.inference import open_checkpoint
 from secateur.meters.counts import count, share_removed
+from secateur.meters.evaluate import ratios
 from secateur.meters.machine import conditions
 from secateur.meters.perplexity import Text, fits, load_stock, perplexity
 from secateur.meters.speed import speeds
@@ -117,4 +118,4 @@ def _speed(
         {key.removesuffix("_tokens_per_second"): value for key, value in found.items()}
         for found in speeds(pair, dense.architecture.sizes.vocab, context, device)
     )
-    return {"pruned": {**after}, "dense": {**before}, "ratio": {key: after[key] / before[key] for key in after}}
+    return {"pruned": {**after}, "dense": {**before}, "ratio": ratios(after, before)}

@@ -87,6 +87,7 @@ def compare(
     cells = cells_of(request, rows)
     output_folder = _require_inputs(request, rows)
     checkpoint = open_checkpoint(Path(locate(request.model)), told.note)
+    checkpoint.require_tokens("a comparison by perplexity")
     run = _Run(request, rows, cells, output_folder, checkpoint, told)
     with workplace(output_folder, [checkpoint]) as place:
         results = run.all_cells(place.folder)

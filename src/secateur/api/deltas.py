@@ -75,6 +75,7 @@ def delta_pack(
     ids = None
     searches = isinstance(chosen.rescale, str) and chosen.rescale != "share"
     if request.data is not None and (searches or chosen.asks_signals):
+        fine.checkpoint.require_tokens("a delta that is fitted to text")
         windows = draw_windows(
             request.data,
             fine.checkpoint,

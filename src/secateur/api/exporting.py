@@ -68,6 +68,8 @@ def export(
     require_free(path, force)
     _require(runtime, check)
     checkpoint = open_checkpoint(Path(locate(str(model))))
+    if not checkpoint.architecture.family.has_head:
+        checkpoint.require_tokens(f"an export for {runtime}")
     if (check or runtime == "onnxruntime") and not fits(checkpoint, torch.float32):
         hint = "--no-check writes GGUF block by block" if runtime == "llama.cpp" else "use a machine with more memory"
         refuse("too-large", f"export of {str(model)!r}", "the whole model in float32 does not fit in memory", hint)

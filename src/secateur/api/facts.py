@@ -22,10 +22,10 @@ from secateur.errors import refuse
 from secateur.families import LAYOUTS, Architecture, Family, Kind, Layout, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
-from secateur.families.stock import example_config
 from secateur.inference import family_text, inferred, open_checkpoint
 from secateur.meters.counts import count
 from secateur.meters.evaluate import evaluate_models, ratios
+from secateur.meters.similarity import ScoredPairs
 from secateur.meters.tasks import Tasks
 from secateur.methods.registry import describe_method, method_names
 from secateur.runtimes.semi_structured import PATTERN, require_device, run_sparse
@@ -39,6 +39,7 @@ def evaluate(
     context: int | None = None,
     against: str | Path | None = None,
     tasks: str | Sequence[str] = (),
+    pairs: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Progress | None = None,
@@ -52,6 +53,8 @@ def evaluate(
         context: tokens of a perplexity window.
         against: another checkpoint; adds ``against`` (its figures) and ``ratio`` (model / against).
         tasks: names of lm-eval tasks, YAML files of tasks, folders of them (extra ``eval``); adds ``tasks``.
+        pairs: file of sentence pairs that people have scored, for a model of embeddings; adds ``spearman``, the rank
+            correlation of cosines and scores, and ``pairs``, their number.
         progress: told when an architecture has no family file.
 
     Raises:
@@ -67,7 +70,8 @@ def evaluate(
             refuse("no-text", f"text {name!r}", "there is no such file")
     note = (progress or Silent()).note
     checkpoints = [open_checkpoint(Path(locate(name)), note) for name in names]
-    figures = evaluate_models(checkpoints, texts, context, dtype, where, Tasks(wanted) if wanted else None)
+    scored = None if pairs is None else ScoredPairs.read(str(pairs))
+    figures = evaluate_models(checkpoints, texts, context, dtype, where, Tasks(wanted) if wanted else None, scored)
     result: dict[str, Any] = dict(figures[0])
     if against is not None:
         result["against"] = figures[1]
@@ -84,7 +88,7 @@ def families() -> dict[str, Any]:
     """Every architecture, for each kind of space what each layout can do with it, and where the native result loads."""
     found = {}
     for name in family_names():
-        architecture = Architecture(example_config(name))
+        architecture = Architecture.example(name)
         cuts = {str(layout): {k: _verdict(architecture, k, layout) for k in KINDS} for layout in LAYOUTS}
         found[name] = {**cuts, "loads_in": loads_by_kind(architecture)}
     return found
@@ -153,7 +157,7 @@ def load(path: str | Path, *, sparse: str | None = None, **options: Any) -> nn.M
     Args:
         sparse: ``"2:4"`` moves the model to the GPU and lets it skip the zeros of every linear layer that has that
             pattern, for inference.
-        options: passed on to ``AutoModelForCausalLM.from_pretrained``.
+        options: passed on to ``AutoModelForCausalLM.from_pretrained`` (``AutoModel`` for a model without a head).
 
     Raises:
         RequestError: no such model; with ``sparse``, no GPU that can skip zeros, or no layer with that pattern.

@@ -31,9 +31,11 @@ def require_free(output: Path, force: bool) -> Path:
 
 
 def require_text(request: Request) -> None:
-    """The held-out text must be there; it is not opened."""
-    if request.text is not None and not Path(request.text).is_file():
-        refuse("no-text", f"text {request.text!r}", "there is no such file")
+    """The held-out text must be there, and so must scored pairs; they are not opened."""
+    for name in ("text", "pairs"):
+        path = getattr(request, name, None)
+        if path is not None and not Path(path).is_file():
+            refuse("no-text", f"{name} {path!r}", "there is no such file")
 
 
 @contextmanager

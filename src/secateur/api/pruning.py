@@ -27,7 +27,8 @@ from secateur.inference import open_checkpoint
 from secateur.meters.counts import count_parts, factored
 from secateur.meters.evaluate import Figures, evaluate_models
 from secateur.meters.memory import MemoryWatch, cgroup_peak
-from secateur.meters.perplexity import Text, fits, perplexity
+from secateur.meters.perplexity import Text, fits, load_stock, perplexity
+from secateur.meters.similarity import ScoredPairs, similarity
 from secateur.methods.base import ZEROS, worth
 from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
 
@@ -37,7 +38,7 @@ class PruneResult:
     """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
 
     ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML, ``packed`` the bytes of
-    a packed output by the kind of storage.
+    a packed output by the kind of storage, ``spearman`` the rank correlation of embeddings before and after.
     """
 
     method: str
@@ -51,11 +52,12 @@ class PruneResult:
     loads_in: dict[str, str]
     seed: int
     packed: dict[str, Any] | None = None
+    spearman: dict[str, Any] | None = None
     recipe: str = field(default="", repr=False)
     model: nn.Module | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        left_out = ("recipe", "model", *(["packed"] if self.packed is None else []))
+        left_out = ("recipe", "model", *(key for key in ("packed", "spearman") if getattr(self, key) is None))
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -116,7 +118,7 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
                 if request.is_copy
                 else _cut(prepared, output, named, recipe, progress, started, memory)
             )
-    achieved, figures, loads_in, packed = parts
+    achieved, figures, loads_in, packed, similar = parts
     return PruneResult(
         method=prepared.method.name,
         requested=requested(prepared),
@@ -129,11 +131,13 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
         loads_in=loads_in,
         seed=request.seed,
         packed=packed,
+        spearman=similar,
         recipe=recipe,
     )
 
 
-Parts = tuple[dict[str, int], dict[str, Any] | None, dict[str, str], dict[str, Any] | None]
+Told = dict[str, Any] | None
+Parts = tuple[dict[str, int], Told, dict[str, str], Told, Told]
 
 
 def _cut(
@@ -155,8 +159,9 @@ def _cut(
     if prepared.method.output == "factors":
         achieved = factored(achieved, run.result / LEARNED)
     figures = None if text is None else _perplexities(prepared, result, text, progress)
-    speed = _speeds(prepared, result) if text is not None else None
-    write_card(run.result, record, achieved)
+    similar = _similarities(prepared, result)
+    speed = _speeds(prepared, result) if text is not None or similar is not None else None
+    write_card(run.result, record, achieved, result.architecture.auto_class)
     (run.result / RECIPE).write_text(recipe, encoding="utf-8")
     peak = cgroup_peak()
     facts = {
@@ -169,9 +174,9 @@ def _cut(
     }
     parts = (count_parts(prepared.checkpoint), count_parts(result))
     name = prepared.request.model if named else "a module in memory"
-    write_report(run.result, PruneFacts(name, record, plan, achieved, parts, recipe, figures, speed, facts))
+    write_report(run.result, PruneFacts(name, record, plan, achieved, parts, recipe, figures, speed, facts, similar))
     run.publish()
-    return achieved, figures, record["loads_in"], record.get("packed")
+    return achieved, figures, record["loads_in"], record.get("packed"), similar
 
 
 def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
@@ -187,10 +192,11 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
     if text is not None:
         value = perplexity(checkpoint, text, prepared.dtype, prepared.device)
         figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
+    similar = _similarities(prepared, checkpoint)
     publish(copy, output, progress)
     loads = {"transformers": f"verified({transformers.__version__})"}
     loads = loads_packed(loads) if checkpoint.folder.is_packed else loads
-    return achieved_of(checkpoint, checkpoint), figures, loads, None
+    return achieved_of(checkpoint, checkpoint), figures, loads, None, similar
 
 
 def _worth(prepared: Prepared) -> str:
@@ -214,6 +220,18 @@ def _perplexities(prepared: Prepared, result: Checkpoint, text: Text, progress: 
     after = perplexity(result, text, prepared.dtype, prepared.device)
     progress.step(2)
     return {"before": before, "after": after, "context": text.context, "tokens": text.tokens}
+
+
+def _similarities(prepared: Prepared, result: Checkpoint) -> Told:
+    """Rank correlation of the embeddings with the scored pairs, where the request names some."""
+    if prepared.request.pairs is None:
+        return None
+    pairs = ScoredPairs.read(prepared.request.pairs)
+    found: dict[str, Any] = {"pairs": len(pairs.scores)}
+    for key, checkpoint in (("before", prepared.checkpoint), ("after", result)):
+        model = load_stock(checkpoint, prepared.dtype, prepared.device)
+        found[key] = similarity(checkpoint, pairs, model, prepared.device)
+    return found
 
 
 def _speeds(prepared: Prepared, result: Checkpoint) -> tuple[Figures, Figures] | None:

@@ -50,7 +50,7 @@ class Costs:
         passthrough_params: int = 0,
         repeats_head: bool = False,
     ) -> None:
-        self._repeats_head = repeats_head
+        self._repeats_head, self._has_head = repeats_head, architecture.family.has_head
         self._fixed_bytes, self._fixed_params = passthrough_bytes, passthrough_params
         self._shortcut_roles = architecture.shortcut_roles
         self._inventory: dict[Block, Counter[_Sort]] = {place: Counter() for place in architecture.places}
@@ -104,7 +104,7 @@ class Costs:
         head = sizes.vocab * sizes.width("stem_read", None)
         extra = head * (self.itemsize if weigh == "bytes" else 1)
         shared = sizes.tied and not (weigh == "bytes" and self._repeats_head)
-        if shared and weigh != "flops":
+        if not self._has_head or (shared and weigh != "flops"):
             extra = 0
         return round(sum(self._sum(sizes, place, weigh) for place in places)) + extra
 
@@ -130,8 +130,11 @@ class Costs:
     def kv_bytes(self, sizes: Sizes) -> int:
         """Bytes of key/value cache per token, in the data type of the weights.
 
-        The stock cache holds whole heads, also where queries, keys or values are narrower.
+        The stock cache holds whole heads, also where queries, keys or values are narrower. A model without a head
+        decodes nothing and needs none.
         """
+        if not self._has_head:
+            return 0
         cached = (
             self._latent.get(i) or 2 * block.kv * sizes.head
             for i, block in enumerate(sizes.blocks)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.checkpoints.embedding import Embedding, embedding_of
 from secateur.checkpoints.folder import WEIGHT_DTYPES, Folder, TensorHeader
 from secateur.errors import RequestError, refuse
 from secateur.families import Architecture, Block, Family, Packed, canonical_name
@@ -58,6 +59,17 @@ class Checkpoint:
         if checkpoint.problems:
             raise checkpoint.problems[0]
         return checkpoint
+
+    @cached_property
+    def embedding(self) -> Embedding | None:
+        """How the model makes one vector of a text; None where it predicts tokens instead."""
+        return embedding_of(self.folder, self.architecture.family)
+
+    def require_tokens(self, asked: str) -> None:
+        """Refuse what only a model can do that predicts tokens."""
+        if self.embedding is not None:
+            found = f"{str(self.folder.path)!r} makes embeddings and predicts no tokens"
+            refuse("embeddings", asked, found, "a causal language model; embeddings are measured with --pairs FILE")
 
     # -- names -----------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,9 @@ from secateur.checkpoints.packed import (
     read_stored,
 )
 from secateur.errors import near, refuse
-from secateur.families import Sizes
+from secateur.families import Sizes, family_names, load_family
 from secateur.families.resizing import sizes_of
+from secateur.families.stock import base_class, is_headless
 
 _SINGLE: Final = ".safetensors"
 _INDEX: Final = ".safetensors.index.json"
@@ -212,10 +213,13 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
         refuse("bad-config", CONFIG, "architectures is not a list of names")
-    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
-        refuse(
-            "not-a-language-model",
-            f"model of type {kind}",
-            f"its class is {', '.join(architectures)}",
-            "Secateur prunes causal language models",
-        )
+    known = kind in family_names()
+    encoder = known and not load_family(kind).has_head
+    causal = not architectures or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    if (encoder or not causal) and not (known and is_headless(config)):
+        advice = "Secateur prunes causal language models, and those of the families it knows without their head"
+        if encoder:
+            base = base_class(kind)
+            advice = f"make it a {base}: {base}.from_pretrained(folder).save_pretrained(new_folder)"
+        found = f"its class is {', '.join(architectures) or 'not named'}"
+        refuse("not-a-language-model", f"model of type {kind}", found, advice)

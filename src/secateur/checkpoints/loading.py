@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.checkpoints.folder import Folder
-from secateur.families.stock import load_pretrained
+from secateur.families.stock import is_headless, load_pretrained
 
 
 def load_model(folder: Folder, **options: Any) -> Any:
@@ -18,4 +18,4 @@ def load_model(folder: Folder, **options: Any) -> Any:
     """
     if folder.is_packed:
         options["state_dict"] = dict(folder.read(folder.headers))
-    return load_pretrained(folder.path, folder.layers is not None, **options)
+    return load_pretrained(folder.path, folder.layers is not None, is_headless(folder.config), **options)

@@ -24,6 +24,7 @@ from secateur.cli.options import (
     ForceOption,
     JsonOption,
     ModelArg,
+    PairsOption,
     TextsOption,
     request_of,
     takes,
@@ -106,6 +107,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option("--tasks", help="lm-eval tasks, task files or folders of them, separated by commas")
     ] = None,
+    pairs: PairsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -121,6 +123,7 @@ def evaluate(
             context=context,
             against=against,
             tasks=[name for name in (tasks or "").split(",") if name],
+            pairs=pairs,
             device=device or "auto",
             dtype=dtype or "auto",
             progress=progress,

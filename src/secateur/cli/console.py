@@ -92,7 +92,7 @@ def _counts(achieved: dict[str, Any]) -> Table:
     ):
         if key in achieved:
             before, after = achieved[f"{key}_before"], achieved[key]
-            table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.2%}")
+            table.add_row(label, f"{before:,}", f"{after:,}", f"{after / before:.2%}" if before else "-")
     return table
 
 
@@ -100,6 +100,8 @@ def show_prune(result: dict[str, Any]) -> None:
     _out.print(_counts(result["achieved"]))
     if "packed" in result:
         _out.print(_forms(result["packed"]))
+    if "spearman" in result:
+        _out.print("Spearman {before:.4f} -> {after:.4f} ({pairs:,} scored pairs)".format(**result["spearman"]))
     figures = result["perplexity"]
     if figures is not None:
         _out.print(

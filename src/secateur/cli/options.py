@@ -26,7 +26,8 @@ TargetOption = Annotated[
     ),
 ]
 DataOption = Annotated[
-    str | None, typer.Option("--data", help="calibration text: file, folder, hub data set, - for stdin")
+    str | None,
+    typer.Option("--data", help="calibration text: file, folder, hub data set, - for stdin; of embeddings, pairs"),
 ]
 SamplesOption = Annotated[int | None, typer.Option("--samples", help="calibration windows [default: 128]")]
 LengthOption = Annotated[int | None, typer.Option("--length", help="tokens of a window [default: min(2048, context)]")]
@@ -41,6 +42,9 @@ FormatOption = Annotated[
 TextOption = Annotated[str | None, typer.Option("--text", help="held-out text for the perplexity")]
 TextsOption = Annotated[
     list[str] | None, typer.Option("--text", help="held-out text for the perplexity; may be given several times")
+]
+PairsOption = Annotated[
+    str | None, typer.Option("--pairs", help="scored sentence pairs (.jsonl), for the rank correlation of embeddings")
 ]
 ContextOption = Annotated[int | None, typer.Option("--context", help="tokens of a perplexity window")]
 QuantumOption = Annotated[int | None, typer.Option("--quantum", help="sizes are multiples of it")]
@@ -78,6 +82,7 @@ PRUNE: Final[Options] = {
     "layout": LayoutOption,
     "format": FormatOption,
     **_MEASURE,
+    "pairs": PairsOption,
     **_SIZES,
     **_MACHINE,
     "recipe": RecipeOption,

@@ -89,15 +89,22 @@ def _from_file(path: Path, field: str) -> Iterator[Document]:
         yield read_text(path)
 
 
-def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """What stands in every line of a .jsonl file that is not empty, and which line that is."""
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
+        where = f"line {number} of {path}"
         try:
             record = json.loads(line)
         except ValueError as error:
-            refuse("bad-jsonl", f"line {number} of {path}", f"not JSON ({error})")
-        yield _document(record, field, f"line {number} of {path}")
+            refuse("bad-jsonl", where, f"not JSON ({error})")
+        yield where, record
+
+
+def _from_jsonl(path: Path, field: str) -> Iterator[Document]:
+    for where, record in json_lines(path):
+        yield _document(record, field, where)
 
 
 def _from_parquet(path: Path, field: str) -> Iterator[Document]:

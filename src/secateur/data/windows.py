@@ -15,6 +15,8 @@ from torch import Tensor
 from secateur.data.sources import Document, documents
 from secateur.errors import refuse
 
+PADDING = -1
+"""In token ids: nothing stands there, because another text is longer."""
 _RESERVOIR = 64  # read at most this many times the tokens that are wanted
 
 

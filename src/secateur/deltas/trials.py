@@ -121,10 +121,10 @@ def try_candidates(
         told.step(block + 1)
     costs = [0.0] * len(candidates)
     for at, batch in enumerate(batches):
-        logits = runner.logits(batch, states[0][at]).float()
+        logits = runner.outputs(batch, states[0][at]).float()
         best, where = logits.topk(min(TOP, logits.shape[-1]))
         for index, state in enumerate(states[1:]):
-            other = runner.logits(batch, state[at]).float()
+            other = runner.outputs(batch, state[at]).float()
             if objective == "loss":
                 cost = cross_entropy(other, batch.to(other.device))
             else:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from secateur.data.windows import PADDING
 from secateur.engine.blocks import BlockRunner, Call
 
 SHARDS = 8
@@ -27,13 +28,14 @@ class Activations:
         ids: [count, length] token ids.
         runner: stock model whose stem is loaded.
         path: where a large signal is kept.
+        group: rows that always share a batch.
     """
 
-    def __init__(self, ids: Tensor, runner: BlockRunner, path: Path) -> None:
+    def __init__(self, ids: Tensor, runner: BlockRunner, path: Path, group: int = 1) -> None:
         self.ids, self.runner = ids, runner
         count, length = ids.shape
-        rows = max(1, _BATCH_TOKENS // length)
-        bounds = [count * shard // SHARDS for shard in range(SHARDS + 1)]
+        rows = max(1, _BATCH_TOKENS // length // group) * group
+        bounds = [count // group * shard // SHARDS * group for shard in range(SHARDS + 1)]
         self.shards = [
             [slice(start, min(start + rows, stop)) for start in range(begin, stop, rows)]
             for begin, stop in pairwise(bounds)
@@ -58,6 +60,11 @@ class Activations:
                 calls = known
                 break
         self._calls[batch.start, batch.stop] = calls
+
+    def there(self, batch: slice) -> Tensor | None:
+        """Where the texts of a batch have tokens, [rows, length]; None where they are all of one length."""
+        found = (self.ids[batch] != PADDING).to(self.runner.device)
+        return None if found.all() else found
 
     @property
     def batches(self) -> list[slice]:
@@ -89,6 +96,11 @@ class Activations:
                 return 0
             self.values.copy_(handle.get_tensor("values"))
         return block
+
+
+def real(signal: Tensor, there: Tensor | None) -> Tensor:
+    """The rows of a signal [windows, tokens, width] or [windows * tokens, width] at which there is a token."""
+    return signal if there is None else signal.reshape(-1, signal.shape[-1])[there.flatten()]
 
 
 def stored(path: Path, shape: tuple[int, ...], dtype: torch.dtype, limit: int = _IN_MEMORY) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data.windows import PADDING
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, Packed
 from secateur.families.resizing import layer_record
@@ -23,6 +24,12 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+def fed(ids: Tensor) -> dict[str, Tensor]:
+    """What the stock model is called with for token ids [batch, length], of which some may be padding."""
+    there = ids != PADDING
+    return {"input_ids": ids} if there.all() else {"input_ids": ids.clamp(min=0), "attention_mask": there.long()}
 
 
 class _Captured(Exception):  # noqa: N818  (a signal, not an error)
@@ -129,7 +136,7 @@ class BlockRunner:
 
         with self._blocks_replaced(record):
             try:
-                self.model(input_ids=ids.to(self.device), use_cache=False)
+                self.model(**fed(ids.to(self.device)), use_cache=False)
             except _Captured:
                 return hidden[0], calls
         raise InternalError("capture", "capturing the blocks' arguments", "the model did not call its blocks")
@@ -153,25 +160,31 @@ class BlockRunner:
         return output
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Logits of the stock model's own final norm and head, given the last block's output."""
-        return self.logits_of(ids, hidden)
+    def outputs(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits of the stock model's own final norm and head, or what the norm gives where there is no head.
 
-    def logits_of(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The same, differentiable where gradients are on."""
+        Args:
+            ids: token ids.
+            hidden: the last block's output for them.
+        """
+        return self.outputs_of(ids, hidden)
+
+    def outputs_of(self, ids: Tensor, hidden: Tensor, head: bool = True) -> Tensor:
+        """The same, differentiable where gradients are on; without ``head``, never more than what it reads."""
         if "final_norm" not in self.architecture.roles_of(None):  # one without weights has no role
             with self._blocks_replaced(lambda *_, **__: (hidden,) if self._in_tuples else hidden):
-                return self._whole(ids)
+                return self._whole(ids, head)
         norm = self.norm_on_stream("final_norm", None)
         given = norm.register_forward_pre_hook(lambda *_: (hidden,))
         try:
             with self._blocks_replaced(lambda *_, **__: (hidden,)):
-                return self._whole(ids)
+                return self._whole(ids, head)
         finally:
             given.remove()
 
-    def _whole(self, ids: Tensor) -> Tensor:
-        result: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+    def _whole(self, ids: Tensor, head: bool) -> Tensor:
+        model = self.model if head else self.model.base_model
+        result: Tensor = model(**fed(ids.to(self.device)), use_cache=False)[0]
         return result
 
     @contextmanager

@@ -24,15 +24,21 @@ class Collector:
         runner: whose modules they are of.
         place: block, or None for the stem.
         wanted: what to sum.
-        ids: the windows.
+        predicted: predictions that the loss is a mean over.
+        samples: pieces of the text whose losses stand by themselves.
         tables: of the stem, the embeddings instead of all others.
     """
 
     def __init__(
-        self, runner: BlockRunner, place: Block, wanted: Collection[Derivative], ids: Tensor, tables: bool = False
+        self,
+        runner: BlockRunner,
+        place: Block,
+        wanted: Collection[Derivative],
+        predicted: int,
+        samples: int,
+        tables: bool = False,
     ) -> None:
-        self._runner, self._wanted, self._windows = runner, wanted, len(ids)
-        self.predicted = ids[:, 1:].numel()
+        self._runner, self._wanted, self._predicted, self._samples = runner, wanted, predicted, samples
         architecture, names = runner.architecture, {"stem.embedding.weight", "stem.positions.weight"}
         weights = "mean" in wanted or "squares" in wanted
         self._packed = [
@@ -71,8 +77,8 @@ class Collector:
         for index, gradient in enumerate(gradients[:count]):
             if gradient is not None:
                 self._mean[index] += gradient
-                if self._square:  # of the loss of this window alone, not of its share of the mean
-                    self._square[index] += (gradient.float() * self._windows).square() / self._windows
+                if self._square:  # of the loss of this sample alone, not of its share of the mean
+                    self._square[index] += (gradient.float() * self._samples).square() / self._samples
         for sums, gradient in zip(self._signals.values(), gradients[count:], strict=True):
             if gradient is not None:
                 sums.add(gradient, gradient)
@@ -87,5 +93,5 @@ class Collector:
         for found, sums in zip(both, (self._mean, self._square), strict=True):
             for packed, total in zip(self._packed, sums, strict=False):
                 found.update(packed.unpack(total, shapes))
-        signals = {branch: sums.total * self.predicted for branch, sums in self._signals.items()}
+        signals = {branch: sums.total * self._predicted for branch, sums in self._signals.items()}
         return both[0], both[1], signals

@@ -59,7 +59,7 @@ class LatencyModel:
         block, stem = [], []
         for _ in range(_REPEATS):
             block.append(self._seconds(partial(runner.run, 0, hidden, calls[0])))
-            stem.append(self._seconds(partial(runner.logits, ids, hidden)))
+            stem.append(self._seconds(partial(runner.outputs, ids, hidden)))
         return min(block), min(stem)
 
     def _seconds(self, work: Callable[[], object]) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.engine.activations import real
 from secateur.engine.blocks import BlockRunner
 from secateur.evidence import CrossMoments
 from secateur.families import Block
-from secateur.families.roles import ATTENTION_WRITERS, BEHIND_A_WRITER
+from secateur.families.roles import ATTENTION_WRITERS, BEHIND_A_WRITER, IN_THE_STREAM
 
 CROSS, TARGET = "cross", "target"
 COMPARING = (f".{CROSS}", f".{TARGET}")
@@ -47,7 +48,7 @@ class Pairs:
             for tensor in architecture.tensors_of(block)
             if tensor.kind == "weight" and tensor.expert is None
         }
-        if block is None:  # also a tied head has inputs
+        if block is None and architecture.family.has_head:  # also one that is tied has inputs
             present["head"] = (architecture.sizes.vocab, architecture.sizes.residual)
         for name in sorted(wanted):
             role, _, kind = name.rpartition(".")
@@ -56,7 +57,7 @@ class Pairs:
                 self._sums[name] = CrossMoments(columns if kind == CROSS else rows, columns, runner.device)
                 self._roles.add(role)
         beside = architecture.roles_of(block)
-        self._corrects = not architecture.parallel and not beside.intersection(BEHIND_A_WRITER)
+        self._corrects = not architecture.parallel and not beside.intersection((*BEHIND_A_WRITER, *IN_THE_STREAM))
         self._gain = float(getattr(architecture.config, architecture.family.branch_multiplier or "", 1.0))
         self._dense: Seen = {}
         self._cut: Seen = {}
@@ -84,8 +85,11 @@ class Pairs:
         """Take note of what the head reads."""
         self._dense["head", "in"], self._cut["head", "in"] = dense, cut
 
-    def add(self) -> None:
-        """Add the products of the batch that both have seen."""
+    def add(self, there: Tensor | None = None) -> None:
+        """Add the products of the batch that both have seen, of the tokens that are ``there``."""
+        if there is not None:
+            for seen in (self._dense, self._cut):
+                seen.update({key: real(signal, there) for key, signal in seen.items()})
         for name, sums in self._sums.items():
             role, _, kind = name.rpartition(".")
             inputs = self._cut[role, "in"]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
+from secateur.data.windows import Windows
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.edited import CutCheckpoint, EditedCheckpoint, with_biases
 from secateur.engine.fisher import FISHER, FisherFiles
@@ -30,7 +30,7 @@ class Planning:
 
     Args:
         prepared: the resolved request.
-        ids: the calibration windows; None without data.
+        data: the calibration windows; None without data.
         texts: windows of the other texts that the method named.
         artifacts: what the method's ``files`` named, loaded.
         work: the work folder.
@@ -41,14 +41,15 @@ class Planning:
     def __init__(
         self,
         prepared: Prepared,
-        ids: Tensor | None,
-        texts: Mapping[str, Tensor],
+        data: Windows | None,
+        texts: Mapping[str, Windows],
         artifacts: Mapping[str, Artifact],
         work: Path,
         journal: Journal,
         progress: Progress,
     ) -> None:
-        self.prepared, self.ids, self.texts, self.artifacts = prepared, ids, texts, artifacts
+        self.prepared, self.data, self.texts, self.artifacts = prepared, data, texts, artifacts
+        self.ids = None if data is None else data.ids
         self.work, self.journal, self.progress = work, journal, progress
 
     def plan(self) -> Plan:
@@ -67,10 +68,10 @@ class Planning:
 
     def _step(self, number: int, prepared: Prepared) -> Plan:
         """The plan of one of several methods for the model that those before it leave, in a folder of its own."""
-        folder, ids = self.work / f"step-{number}", self.ids if prepared.method.data == "text" else None
+        folder, data = self.work / f"step-{number}", self.data if prepared.method.data == "text" else None
         folder.mkdir(exist_ok=True)
         journal = Journal(folder, self.journal.fingerprint)
-        return Planning(prepared, ids, self.texts, self.artifacts, folder, journal, self.progress)._rounds()
+        return Planning(prepared, data, self.texts, self.artifacts, folder, journal, self.progress)._rounds()
 
     def _rounds(self) -> Plan:
         method, plan = self.prepared.method, None
@@ -180,14 +181,14 @@ class _Round:
         return study
 
     def _trials(self) -> CalibrationTrials:
-        assert self._planning.ids is not None
-        return self._on(self._planning.ids, self._folder, self._journal)
+        assert self._planning.data is not None
+        return self._on(self._planning.data, self._folder, self._journal)
 
     def _trials_on(self, text: str) -> CalibrationTrials:
         folder = self._folder / f"text-{text}"
         folder.mkdir(exist_ok=True)
         return self._on(self._planning.texts[text], folder, Journal(folder, self._journal.fingerprint))
 
-    def _on(self, ids: Tensor, folder: Path, journal: Journal) -> CalibrationTrials:
+    def _on(self, data: Windows, folder: Path, journal: Journal) -> CalibrationTrials:
         prepared = self._planning.prepared
-        return CalibrationTrials(self._checkpoint, ids, prepared.dtype, prepared.device, folder, journal)
+        return CalibrationTrials(self._checkpoint, data, prepared.dtype, prepared.device, folder, journal)

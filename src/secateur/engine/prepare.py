@@ -12,6 +12,7 @@ from secateur.budgets import Budget, Costs
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.folder import DTYPES
 from secateur.checkpoints.hub import locate
+from secateur.data.pairs import paired_texts
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.latency import LatencyModel
 from secateur.engine.request import PruneRequest
@@ -20,6 +21,8 @@ from secateur.methods.base import Method
 from secateur.methods.registry import DEFAULT_WITH_DATA, DEFAULT_WITHOUT_DATA, make_method
 
 LONGEST_WINDOW = 2048
+LONGEST_TEXT = 512
+"""Tokens at which a text is cut before it is embedded, where its model says nothing else."""
 
 
 @dataclass
@@ -39,6 +42,12 @@ def context_of(checkpoint: Checkpoint) -> int:
     return int(getattr(checkpoint.architecture.config, "max_position_embeddings", LONGEST_WINDOW))
 
 
+def longest_text(checkpoint: Checkpoint) -> int:
+    """Tokens at which a text is cut before it is embedded."""
+    said = checkpoint.embedding.longest if checkpoint.embedding is not None else None
+    return min(said or LONGEST_TEXT, context_of(checkpoint))
+
+
 def draw_windows(
     source: str,
     checkpoint: Checkpoint,
@@ -51,19 +60,25 @@ def draw_windows(
 ) -> Windows:
     """Calibration windows of a text, of the length asked for or of the longest that a model takes.
 
+    Of a model that makes embeddings, texts that belong together.
+
     Args:
-        source: see :func:`secateur.data.sources.documents`.
+        source: see :func:`secateur.data.sources.documents` and :func:`secateur.data.pairs.read_pairs`.
         checkpoint: whose tokenizer reads it.
         samples, length, seed, text_field, trust_remote_code: as asked.
         context: positions, where not those of the checkpoint alone.
 
     Raises:
-        RequestError: windows longer than the context; as :func:`secateur.data.windows.calibration_windows`.
+        RequestError: windows longer than the context; as :func:`secateur.data.windows.calibration_windows` and
+            :func:`secateur.data.pairs.paired_texts`.
     """
     most = context or context_of(checkpoint)
     if length and length > most:
         refuse("bad-length", f"length {length}", f"the model's context is {most}")
     folder, vocab = checkpoint.folder.path, checkpoint.architecture.sizes.vocab
+    if checkpoint.embedding is not None:
+        longest = length or longest_text(checkpoint)
+        return paired_texts(source, folder, vocab, samples, longest, seed, trust_remote_code)
     longest = length or min(LONGEST_WINDOW, most)
     return calibration_windows(source, folder, vocab, samples, longest, seed, text_field, trust_remote_code)
 

@@ -49,6 +49,7 @@ class PruneRequest(Request):
     quantum: int | None = Field(None, ge=1)
     tolerance: float | None = Field(None, ge=0)
     format: Format = "dense"
+    pairs: str | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:

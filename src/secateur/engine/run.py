@@ -113,9 +113,9 @@ class Run:
         recorded = self.journal.done("plan")
         if recorded and Plan.digest(self.work) == recorded[-1]["sha256"]:
             return Plan.load(self.work)
-        ids = None if self.windows is None else self.windows.ids
-        texts = {name: text.ids for name, text in self.texts.items()}
-        plan = Planning(self.prepared, ids, texts, self.artifacts, self.work, self.journal, self.progress).plan()
+        plan = Planning(
+            self.prepared, self.windows, self.texts, self.artifacts, self.work, self.journal, self.progress
+        ).plan()
         self.journal.add("plan", sha256=plan.save(self.work))
         return Plan.load(self.work)
 

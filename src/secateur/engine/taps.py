@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from secateur.engine.activations import real
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.pairs import Pairs, head_inputs
-from secateur.errors import InternalError
+from secateur.errors import InternalError, refuse
 from secateur.evidence import Influence, Moments, Routes, Samples
 from secateur.families import Block, Packed
 from secateur.spaces.weights import every_input
@@ -72,6 +73,8 @@ class Taps:
 
     def _tap_inputs(self, role: str, kind: str) -> None:
         if self._block is None and role == "head":  # also one that is tied, which is no tensor of its own
+            if not self._architecture.family.has_head:
+                return
             self._inputs.setdefault(role, []).append(self._collector(self._architecture.sizes.residual, kind))
             return
         for packed in self._architecture.packed_of(self._block):
@@ -106,21 +109,25 @@ class Taps:
         return len(self._modules) == 1 and not any(others)
 
     @contextmanager
-    def open(self, stop: bool = False) -> Iterator[None]:
+    def open(self, stop: bool = False, there: Tensor | None = None) -> Iterator[None]:
         """Gather from every call of the block inside.
 
         Args:
             stop: raise ``Enough`` at the module of a single tap.
+            there: where the windows have tokens, if some are shorter than others.
         """
+        if there is not None and (self._stacked or self._routes is not None):
+            found = "its texts differ in length, and what experts see of them is not told apart from nothing"
+            refuse("experts", "statistics of a model with experts", found, "texts of one length")
         with ExitStack() as stack:
             for role, collectors in self._at_norms.items():
                 norm = self._runner.norm_on_stream(role, self._block)
                 for collector in collectors:
-                    stack.enter_context(_fed(norm, collector.add))
+                    stack.enter_context(_fed(norm, collector.add, there))
             for key, module in self._modules.items():
                 for collector in self._inputs[key][:-1]:
-                    stack.enter_context(_fed(module, collector.add))
-                stack.enter_context(_fed(module, self._inputs[key][-1].add, stop))
+                    stack.enter_context(_fed(module, collector.add, there))
+                stack.enter_context(_fed(module, self._inputs[key][-1].add, there, stop))
             if self._routes is not None:
                 router = self._runner.model.get_submodule(self._architecture.module_of("router", self._block))
                 stack.callback(router.register_forward_hook(self._see_routes).remove)
@@ -139,7 +146,7 @@ class Taps:
         return self._runner.parameter(packed)
 
     def see_stem(self, signal: Tensor, dense: tuple[BlockRunner, Tensor] | None) -> None:
-        """Take note of what the last block gives, to the final norm and to the head."""
+        """Take note of what the last block gives, to the final norm and to the head, where there are tokens."""
         for collector in self._at_norms["final_norm"]:
             collector.add(signal)
         for collector in self._inputs.get("head", ()):
@@ -148,12 +155,14 @@ class Taps:
             self.pairs.see_head(head_inputs(*dense), head_inputs(self._runner, signal))
             self.pairs.add()
 
-    def compare(self, before: Tensor, after: Tensor) -> None:
+    def compare(self, before: Tensor, after: Tensor, there: Tensor | None = None) -> None:
         """Take note of what entered and what left the block."""
         if self._influence is not None:
-            self._influence.add(before, after)
+            one, other = (signal if there is None else real(signal, there)[None] for signal in (before, after))
+            self._influence.add(one, other)
         if self._ends is not None:
-            self._ends.append(before[:, -1].clone())
+            last = -1 if there is None else there.sum(1) - 1
+            self._ends.append(before[torch.arange(len(before), device=before.device), last].clone())
 
     def close_shard(self) -> None:
         """End a logical shard of the data."""
@@ -180,9 +189,9 @@ class Taps:
 
 
 @contextmanager
-def _fed(module: nn.Module, take: Callable[[Tensor], None], stop: bool = False) -> Iterator[None]:
+def _fed(module: nn.Module, take: Callable[[Tensor], None], there: Tensor | None, stop: bool = False) -> Iterator[None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        take(inputs[0])
+        take(real(inputs[0], there))
         if stop:
             raise Enough
 

@@ -1,4 +1,7 @@
-"""Trials: the whole network with some tensors edited, on the calibration text: its loss and its gradients."""
+"""Trials: the whole network with some tensors edited, on the calibration text: its loss and its gradients.
+
+What the loss is follows from the data (:mod:`secateur.engine.objectives`).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.checkpoints import Checkpoint
+from secateur.data.windows import Windows
 from secateur.engine.activations import Activations, stored
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.collector import Collector
 from secateur.engine.journal import Journal
+from secateur.engine.objectives import objective_of
 from secateur.errors import InternalError, refuse
 from secateur.evidence import Influence
 from secateur.families import Block
@@ -33,7 +38,7 @@ class CalibrationTrials:
 
     Args:
         checkpoint: the dense model.
-        ids: [count, length] calibration windows.
+        data: the calibration windows, and what the loss on them is.
         dtype, device: of the computation.
         folder: where large signals are kept.
         journal: losses are recorded, so that an interrupted run does not compute them again.
@@ -42,13 +47,14 @@ class CalibrationTrials:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        ids: Tensor,
+        data: Windows,
         dtype: torch.dtype,
         device: torch.device,
         folder: Path,
         journal: Journal,
     ) -> None:
-        self._checkpoint, self._ids, self._folder, self._journal = checkpoint, ids, folder, journal
+        self._checkpoint, self._ids, self._folder, self._journal = checkpoint, data.ids, folder, journal
+        self._objective = objective_of(checkpoint, data)
         self._runner = BlockRunner(checkpoint.architecture, dtype, device, checkpoint.rest())
         self._resident = checkpoint.params * dtype.itemsize <= _RESIDENT
         self._weights: dict[Block, dict[str, Tensor]] = {}
@@ -95,7 +101,7 @@ class CalibrationTrials:
         self._load(None, edits)
         edited = any(map(_before_blocks, edits))
         if self._activations is None:
-            self._activations = Activations(self._ids, self._runner, self._folder / "trials.bin")
+            self._activations = Activations(self._ids, self._runner, self._folder / "trials.bin", self._objective.group)
         if edited or self._first is None:
             self._activations.capture()
             self._first = None if edited else self._activations.values.clone()
@@ -106,7 +112,7 @@ class CalibrationTrials:
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def loss(self, edits: Edited | None = None) -> float:
-        """Mean negative log-likelihood per predicted token with ``edits`` in place, in nats.
+        """Mean negative log-likelihood per prediction with ``edits`` in place, in nats.
 
         Args:
             edits: canonical tensors in dense shape, by name.
@@ -119,7 +125,7 @@ class CalibrationTrials:
         return self._recorded_or(lambda: self._loss(self._base, True))
 
     def divergence(self, edits: Edited | None = None) -> float:
-        """Mean divergence KL(dense || edited) of the predictions per predicted token, in nats.
+        """Mean divergence KL(dense || edited) per prediction, in nats.
 
         Args:
             edits: canonical tensors of blocks in dense shape, by name.
@@ -136,7 +142,7 @@ class CalibrationTrials:
 
     def _loss(self, edits: Edited, remember: bool) -> float:
         values = self._forward(edits, remember).values
-        return self._mean(lambda ids, batch: _negative_log_likelihood(self._logits(ids, values[batch]), ids))
+        return self._mean(lambda ids, batch: _cross_entropy(*self._predictions(ids, values[batch])))
 
     def _divergence(self, edits: Edited) -> float:
         if any(name.startswith("stem.") for name in edits):
@@ -148,18 +154,20 @@ class CalibrationTrials:
         first, second = self._dense, self._forward(edits, False).values
 
         def part(ids: Tensor, batch: slice) -> Tensor:
-            return _divergence(self._logits(ids, first[batch]), self._logits(ids, second[batch]))
+            (dense, _), (edited, _) = (self._predictions(ids, hidden[batch]) for hidden in (first, second))
+            return _divergence(dense, edited)
 
         return self._mean(part)
 
-    def _logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        return self._runner.logits(ids, hidden.to(self._runner.device))
+    @torch.no_grad()
+    def _predictions(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self._objective.predictions(self._runner, ids, hidden.to(self._runner.device))
 
     def _mean(self, part: Callable[[Tensor, slice], Tensor]) -> float:
-        """Mean per predicted token of a sum over the tokens of a batch; infinite where it is no number."""
+        """Mean per prediction of a sum over those of a batch; infinite where it is no number."""
         assert self._activations is not None
         total = sum(float(part(self._ids[batch], batch)) for batch in self._activations.batches)
-        mean = total / self._ids[:, 1:].numel()
+        mean = total / self._objective.count(self._ids)
         return mean if math.isfinite(mean) else math.inf
 
     def _forward(self, edits: Edited, remember: bool) -> Activations:
@@ -220,20 +228,21 @@ class CalibrationTrials:
                 influence.add(inputs[block][batch], activations.values[batch])
             influences.append(influence.named()["influence"])
         inputs[blocks] = activations.values
-        rows = [slice(i, i + 1) for i in range(len(self._ids))] if "squares" in wanted else activations.batches
+        count, group = self._objective.count(self._ids), self._objective.group
+        samples = [slice(i, i + group) for i in range(0, len(self._ids), group)]
+        rows = samples if "squares" in wanted else activations.batches
         backward = torch.empty_like(activations.values)
         for place in (None, *reversed(range(blocks))):
             self._load(place, edits)
-            collector = Collector(runner, place, wanted, self._ids)
+            collector = Collector(runner, place, wanted, count, len(samples))
             signals = inputs[blocks if place is None else place]
             for batch in rows:
                 hidden = signals[batch].to(runner.device).requires_grad_(True)
                 with torch.enable_grad(), collector.listening():
                     if place is None:
-                        ids = self._ids[batch]
-                        logits = runner.logits_of(ids, hidden)
-                        labels = ids if generator is None else _drawn(logits, generator)
-                        output = _negative_log_likelihood(logits, labels) / collector.predicted
+                        predicted, right = self._objective.predictions(runner, self._ids[batch], hidden)
+                        labels = right if generator is None else _drawn(predicted, generator)
+                        output = _cross_entropy(predicted, labels) / count
                         given = None
                     else:
                         containing = next(b for b in activations.batches if b.start <= batch.start < b.stop)
@@ -250,15 +259,15 @@ class CalibrationTrials:
                 self._free(place)
         if "tables" in wanted:
             self._load(None, edits)
-            collector = Collector(runner, None, wanted, self._ids, tables=True)
+            collector = Collector(runner, None, wanted, count, len(samples), tables=True)
             for batch in rows:
                 ids = self._ids[batch]
                 with torch.enable_grad():
                     first, _ = runner.captured(ids)
                     output = (first * backward[batch].to(first)).sum()
-                    if runner.architecture.sizes.tied:  # the head reads the same table
-                        logits = runner.logits_of(ids, inputs[blocks][batch].to(runner.device))
-                        output = output + _negative_log_likelihood(logits, ids) / collector.predicted
+                    if runner.architecture.sizes.tied and self._objective.reads_head:  # it reads the same table
+                        behind = inputs[blocks][batch].to(runner.device)
+                        output = output + _cross_entropy(*self._objective.predictions(runner, ids, behind)) / count
                     collector.add(torch.autograd.grad(output, collector.parameters, allow_unused=True))
             yield Gradients(None, *collector.close(), torch.zeros(0))
 
@@ -273,8 +282,11 @@ class CalibrationTrials:
         """The whole stock model, loaded and frozen, for methods that learn gates on it.
 
         Raises:
-            RequestError: it does not fit in memory.
+            RequestError: it does not fit in memory, or does not predict tokens.
         """
+        if not self._objective.reads_head:
+            found = "it makes embeddings, and gates are learned on the loss of the next token"
+            refuse("objective", "learning on this model", found, "a method or mode that learns no gates")
         if not self._resident and self._runner.device.type == "cpu":
             found = f"its weights take more than {_RESIDENT / 2**30:.0f} GiB, and gates are learned on the whole model"
             refuse("too-large", "learning on this model", found, "--device cuda, or a method without learning")
@@ -284,10 +296,9 @@ class CalibrationTrials:
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels drawn from the predictions themselves, [windows, tokens]: that of each position stands behind it."""
-    chances = logits.detach()[:, :-1].float().softmax(-1).flatten(0, 1).cpu()
-    drawn = torch.multinomial(chances, 1, generator=generator).view(len(logits), -1)
-    return functional.pad(drawn, (1, 0))
+    """Labels drawn from the predictions themselves."""
+    chances = logits.detach().float().softmax(-1).cpu()
+    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
 
 
 def _before_blocks(name: str) -> bool:
@@ -295,11 +306,10 @@ def _before_blocks(name: str) -> bool:
     return name.startswith(("stem.embedding", "stem.positions"))
 
 
-def _negative_log_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
-    flat = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(flat, ids[:, 1:].flatten().to(flat.device), reduction="sum")
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def _divergence(dense: Tensor, edited: Tensor) -> Tensor:
-    first, second = (logits[:, :-1].float().log_softmax(-1) for logits in (dense, edited))
+    first, second = (logits.log_softmax(-1) for logits in (dense, edited))
     return functional.kl_div(second, first, log_target=True, reduction="sum")

@@ -96,5 +96,5 @@ def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: t
     for block in range(len(runner.blocks)):
         hidden = runner.replay(block, written.read(block), hidden, calls[block])
     with torch.no_grad():
-        found = model.eval()(input_ids=ids, use_cache=False).logits
-    _require_close("the whole model", runner.logits(ids, hidden), found)
+        found = model.eval()(input_ids=ids, use_cache=False)[0]
+    _require_close("the whole model", runner.outputs(ids, hidden), found)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
-from secateur.engine.activations import Activations
+from secateur.engine.activations import Activations, real
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.readers import Readers
 from secateur.engine.taps import Enough, Taps
@@ -80,8 +80,9 @@ class Walk:
         stops = not advance and beside is None and taps is not None and taps.single
         for shard in self.activations.shards:
             for batch in shard:
+                there = None if taps is None else self.activations.there(batch)
                 if stops and taps is not None:
-                    with suppress(Enough), self.readers.open(batch, keep=keep), taps.open(stop=True):
+                    with suppress(Enough), self.readers.open(batch, keep=keep), taps.open(True, there):
                         self.run_batch(batch)
                     continue
                 outputs: list[tuple[Walk, Tensor]] = []
@@ -94,13 +95,13 @@ class Walk:
                 with ExitStack() as stack:
                     stack.enter_context(self.readers.open(batch, keep=keep))
                     if taps is not None:
-                        stack.enter_context(taps.open())
+                        stack.enter_context(taps.open(there=there))
                         stack.enter_context(taps.pairs.see(self.runner, dense=False))
                     outputs.append((self, self.run_batch(batch)))
                 if taps is not None:
-                    taps.compare(self.activations.values[batch].to(self.runner.device), outputs[-1][1])
+                    taps.compare(self.activations.values[batch].to(self.runner.device), outputs[-1][1], there)
                     if beside is not None:
-                        taps.pairs.add()
+                        taps.pairs.add(there)
                 for walk, output in outputs if advance else ():
                     walk.activations.values[batch] = output.to(walk.activations.values.device)
             if taps is not None:
@@ -145,10 +146,11 @@ class Walk:
         taps = Taps(self.runner, None, wanted)
         for shard in self.activations.shards:
             for batch in shard:
-                signal, dense = self.activations.values[batch].to(self.runner.device), None
+                there = self.activations.there(batch)
+                signal, dense = real(self.activations.values[batch].to(self.runner.device), there), None
                 if self.beside is not None:
                     theirs = self.beside.activations.values[batch].to(self.runner.device)
-                    dense = (self.beside.runner, theirs)
+                    dense = (self.beside.runner, real(theirs, there))
                 taps.see_stem(signal, dense)
             taps.close_shard()
         return taps.evidence()

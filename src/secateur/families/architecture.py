@@ -21,12 +21,12 @@ from secateur.families.packing import Packed, Shape
 from secateur.families.roles import ATTENTION_WRITERS, branches_of
 from secateur.families.schema import Entry, Family, holds, load_family
 from secateur.families.sizes import BlockSizes, Expert, Sizes
-from secateur.families.stock import meta_model, stock_config
+from secateur.families.stock import example_config, meta_model, stock_config
 from secateur.families.tensors import Block, CanonicalTensor, canonical_name
 
 
 class Architecture:
-    """A decoder of one family at given sizes.
+    """A transformer of one family at given sizes.
 
     Args:
         raw: the content of ``config.json``.
@@ -63,6 +63,11 @@ class Architecture:
             self._add_shortcuts()
         self._check_shapes()
 
+    @classmethod
+    def example(cls, model_type: str) -> Architecture:
+        """A family's own architecture at the sizes that the stock configuration has by default."""
+        return cls(example_config(model_type, not load_family(model_type).has_head))
+
     # -- sizes -----------------------------------------------------------------------------------------------------
 
     def _size(self, key: str, default: int = 0) -> int:
@@ -87,7 +92,7 @@ class Architecture:
             vocab=int(self.config.vocab_size),
             positions=next((s[0] for n, s in self.stock_shapes.items() if self._roles(n) == ("positions",)), 0),
             active_experts=self._size("active_experts"),
-            tied=bool(getattr(self.config, "tie_word_embeddings", False)),
+            tied=self.family.has_head and bool(getattr(self.config, "tie_word_embeddings", False)),
             blocks=tuple(
                 replace(sparse, shared=shared.get(i, 0)) if i in with_experts else dense
                 for i in range(self._size("blocks"))
@@ -213,6 +218,11 @@ class Architecture:
             if expected != found and not self.per_layer:
                 message = f"the family file says {list(expected)}, the stock class {list(found or ())}"
                 refuse("family-mismatch", f"{self.family.model_type}: parameter {name}", message)
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that loads it."""
+        return "AutoModelForCausalLM" if self.family.has_head else "AutoModel"
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from secateur.families.architecture import Architecture
 from secateur.families.branches import BRANCHES, without_problems
-from secateur.families.roles import BEHIND_A_WRITER, BIASES, NORMS_OF_HEADS, OVER_ALL_HEADS, WHOLE
+from secateur.families.roles import BEHIND_A_WRITER, BIASES, IN_THE_STREAM, NORMS_OF_HEADS, OVER_ALL_HEADS, WHOLE
 from secateur.families.schema import holds
 from secateur.families.sizes import Kind, Sizes
 
@@ -54,7 +54,11 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
         reasons.append("a part of it is narrowed already; cut the model it was made from instead")
     if kind == "residual" and sizes.shortcuts:
         reasons.append("its stream changes bases already; cut the model it was made from instead")
-    if kind == "residual" and roles.intersection(BEHIND_A_WRITER):
+    if kind == "residual" and roles.intersection(IN_THE_STREAM):
+        reasons.append(
+            "its norms stand in the stream, behind what each branch adds, and no map of the stream commutes with them"
+        )
+    elif kind == "residual" and roles.intersection(BEHIND_A_WRITER):
         reasons.append(
             "a norm stands between what writes the stream and the stream, and no map of the stream commutes with it"
         )
@@ -162,7 +166,7 @@ def _wrong_beside_stock(architecture: Architecture, sizes: Sizes) -> list[str]:
         routed = any(place is not None and sizes.blocks[place].experts for place in places)
         if not reason and routed and field.startswith(("ffn", "down")):
             reason = "experts are called together, and their module takes and gives the whole stream"
-        if not reason and field in BIASES.values():
+        if not reason and places and field in BIASES.values():
             role = next(role for role, flag in BIASES.items() if flag == field)
             stock = [t for t in architecture.catalogue.values() if (t.role, t.kind) == (role, "bias") and not t.asked]
             reason = "the stock class has a bias there" if stock else ""

@@ -1,4 +1,4 @@
-"""A decoder whose layers differ in size, on top of the stock transformers class.
+"""A transformer whose layers differ in size, on top of the stock transformers class.
 
 This file lies in the folder of the checkpoint, beside ``config.json`` (its ``auto_map`` names it) and
 ``secateur.json``, whose ``resize`` says how the layers differ. The stock class is built from the uniform
@@ -7,7 +7,8 @@ saving) works as ever:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-or, where Secateur is installed, ``secateur.load(folder)``, which uses its own copy of this file.
+(``AutoModel`` where there is no head), or, where Secateur is installed, ``secateur.load(folder)``, which uses its own
+copy of this file.
 
 Where the stream changes its basis from norm to norm, the change is a triangular map S, stored packed beside the matrix
 that writes the stream. A block adds its branch to what its norm saw, x + f(norm(x)); what is wanted is x S +
@@ -28,7 +29,11 @@ import torch
 from torch import nn
 
 RECORD = "secateur.json"
-AUTO_MAP = {"AutoModelForCausalLM": "modeling_secateur.SecateurForCausalLM"}
+AUTO_MAPS = {
+    name: {name: f"modeling_secateur.{ours}"}
+    for name, ours in (("AutoModelForCausalLM", "SecateurForCausalLM"), ("AutoModel", "SecateurModel"))
+}
+"""``auto_map`` of a configuration, by the class of transformers that loads it."""
 
 
 def resize(model: nn.Module, record: dict[str, Any]) -> None:
@@ -202,8 +207,8 @@ def uniform_config(config: Any) -> Any:
     return config
 
 
-def resized_class(stock: Any, record: dict[str, Any]) -> Any:
-    """A subclass of a stock class whose instances have the sizes in ``record``."""
+def resized_class(stock: Any, record: dict[str, Any], auto: str = "AutoModelForCausalLM") -> Any:
+    """A subclass of a stock class whose instances have the sizes in ``record``; ``auto`` names what loads them."""
 
     class Resized(stock):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -218,7 +223,7 @@ def resized_class(stock: Any, record: dict[str, Any]) -> Any:
             (target / RECORD).write_text(json.dumps({"resize": record}, indent=2) + "\n")
             shutil.copyfile(__file__, target / "modeling_secateur.py")
             config = json.loads((target / "config.json").read_text())
-            config["auto_map"] = AUTO_MAP
+            config["auto_map"] = AUTO_MAPS[auto]
             config["architectures"] = [stock.__name__]
             (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -230,24 +235,33 @@ def resized_class(stock: Any, record: dict[str, Any]) -> Any:
 class SecateurForCausalLM:
     """What ``AutoModelForCausalLM`` finds under ``auto_map``; instances are of the stock class."""
 
+    auto = "AutoModelForCausalLM"
+
     @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+    def register_for_auto_class(cls, auto_class: str = "") -> None:
         """Nothing to do: a model made here saves this file itself."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """Load a checkpoint whose layers differ."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
         from transformers.utils import cached_file
 
         if config is None:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         places = {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs}
         path = Path(folder) / RECORD
         record = json.loads(Path(path if path.is_file() else cached_file(folder, RECORD, **places)).read_text())[
             "resize"
         ]
-        stock = AutoModelForCausalLM._model_mapping[type(config)]
+        stock = getattr(transformers, cls.auto)._model_mapping[type(config)]
         kwargs.pop("trust_remote_code", None)
         weights = folder if kwargs.get("state_dict") is None else None  # the stock class takes one of the two
-        return resized_class(stock, record).from_pretrained(weights, *args, config=uniform_config(config), **kwargs)
+        made = resized_class(stock, record, cls.auto)
+        return made.from_pretrained(weights, *args, config=uniform_config(config), **kwargs)
+
+
+class SecateurModel(SecateurForCausalLM):
+    """What ``AutoModel`` finds under ``auto_map``: the same without a head."""
+
+    auto = "AutoModel"

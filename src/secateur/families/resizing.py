@@ -12,7 +12,7 @@ from typing import Any
 from secateur.families.architecture import Architecture
 from secateur.families.branches import cache_slots
 from secateur.families.limits import Layout
-from secateur.families.modeling_secateur import AUTO_MAP
+from secateur.families.modeling_secateur import AUTO_MAPS
 from secateur.families.sizes import BlockSizes, Sizes
 from secateur.families.stock import PER_LAYER_KEYS, accepts
 
@@ -50,7 +50,8 @@ def resized(
     if any(block.experts not in (0, configured) for block in sizes.blocks) and raw.get("output_router_logits"):
         raw["output_router_logits"] = False  # the loss that balances experts takes as many of each layer
     made = Architecture(raw, architecture.origin, sizes)
-    made.raw["auto_map"] = dict(AUTO_MAP)  # code of the source's own, if any, knows nothing of these layers
+    # code of the source's own, if any, knows nothing of these layers
+    made.raw["auto_map"] = dict(AUTO_MAPS[made.auto_class])
     if overrides := _layer_overrides(made):
         made.raw["per_layer_config"] = overrides
         if not accepts(made.raw):  # the stock configuration validates itself with values it says to be ambiguous

@@ -43,6 +43,8 @@ NORMS: Final[dict[str, tuple[str, ...]]] = {
     "embedding_norm": ("residual",),
     "attention_post_norm": ("residual",),
     "ffn_post_norm": ("residual",),
+    "attention_stream_norm": ("residual",),  # of the sum of stream and branch
+    "ffn_stream_norm": ("residual",),
     "q_norm": ("head",),
     "k_norm": ("head",),
     "q_norm_each": ("query_heads", "head"),  # weights of its own for every head
@@ -61,6 +63,9 @@ EXPERT_ROLES: Final = ("gate", "up", "down")
 
 BEHIND_A_WRITER: Final = ("embedding_norm", "attention_post_norm", "ffn_post_norm")
 """Norms between a writer and the stream: no map of the stream commutes with them."""
+
+IN_THE_STREAM: Final = ("attention_stream_norm", "ffn_stream_norm")
+"""Norms of the stream itself, behind what a branch has added to it (post-norm): they stay where the branch goes."""
 
 ATTENTION_WRITERS: Final = ("out", "latent_out")
 """What the attention adds to the stream; a block has one of them."""

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from secateur.errors import RequestError, near
 from secateur.families.sizes import Kind
+from secateur.families.stock import is_headless
 
 LoadStatus = Annotated[str, Field(pattern=r"^(expected|no|unknown|verified\([\w.+ -]+\))$")]
 """Of a runtime; ``verified`` names the version with which the tests ran it."""
@@ -103,6 +104,10 @@ class Variant(_Part):
     change: dict[str, Any]
 
 
+Pooling = Literal["mean", "cls", "last"]
+"""Which signals of a text make its embedding: the mean of all, that of the first token or that of the last."""
+
+
 class Family(_Part):
     """Everything Secateur knows about one architecture.
 
@@ -127,6 +132,7 @@ class Family(_Part):
             configuration).
         constraints, fixed: what the stock class refuses.
         variants: the first whose condition holds changes the family.
+        pooling: how a model without a head makes one vector of a text, where its folder does not say.
         loads_in: other runtimes.
     """
 
@@ -150,15 +156,30 @@ class Family(_Part):
     constraints: tuple[Constraint, ...] = ()
     fixed: tuple[Fixed, ...] = ()
     variants: tuple[Variant, ...] = ()
+    pooling: Pooling = "last"
     loads_in: dict[str, LoadStatus | dict[str, LoadStatus]] = Field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its models predict tokens."""
+        return any(entry.roles == ("head",) for entry in self.stem.values())
 
     def of(self, config: Any) -> Family:
         """This family as it is for one configuration."""
+        found = self
         for variant in self.variants:
             if holds(variant.when, config):
                 raw = _merge(self.model_dump(exclude={"variants"}), variant.change)
-                return Family.model_validate(raw)
-        return self
+                found = Family.model_validate(raw)
+                break
+        named = {"model_type": config.model_type, "architectures": config.architectures}
+        return found._without_head() if found.has_head and is_headless(named) else found
+
+    def _without_head(self) -> Family:
+        """The same as the base class of transformers has it: no head, and no prefix before the names of modules."""
+        prefix = self.blocks.partition(".")[0] + "."
+        stem = {k.removeprefix(prefix): entry for k, entry in self.stem.items() if entry.roles != ("head",)}
+        return self.model_copy(update={"blocks": self.blocks.removeprefix(prefix), "stem": stem, "loads_in": {}})
 
 
 def holds(when: When, config: Any) -> bool:

@@ -22,6 +22,25 @@ PER_LAYER_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 """What a configuration says of layers that differ."""
 
 
+def base_class(model_type: str) -> str:
+    """Name of transformers' class without a head; empty where it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    found = MODEL_MAPPING_NAMES.get(model_type, "")
+    return found if isinstance(found, str) else found[0]
+
+
+def is_headless(raw: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` of this content names the class without a head, which ``AutoModel`` loads."""
+    return base_class(str(raw.get("model_type"))) in (raw.get("architectures") or ())
+
+
+def _auto_class(headless: bool) -> Any:
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    return AutoModel if headless else AutoModelForCausalLM
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' notices out of our output for the duration."""
@@ -70,17 +89,21 @@ def accepts(raw: Mapping[str, Any]) -> bool:
     return True
 
 
-def example_config(model_type: str) -> dict[str, Any]:
-    """The content of a ``config.json`` as the stock class fills it in by default."""
+def example_config(model_type: str, headless: bool = False) -> dict[str, Any]:
+    """The content of a ``config.json`` as the stock class fills it in by default.
+
+    Args:
+        headless: whether it names the class without a head.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     with quiet_transformers():
         found: dict[str, Any] = CONFIG_MAPPING[model_type]().to_dict()
-    return found
+    return {**found, "architectures": [base_class(model_type)]} if headless else found
 
 
 def meta_model(config: Any) -> Any:
-    """The stock causal language model of ``config`` on the meta device."""
+    """The stock model of ``config`` on the meta device."""
     return _build(config, lambda: torch.device("meta"))
 
 
@@ -119,24 +142,26 @@ def typed(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, **({"experts_implementation": "eager"} if dtype == torch.float64 else {})}
 
 
-def load_pretrained(folder: Path, per_layer: bool, **options: Any) -> Any:
+def load_pretrained(folder: Path, per_layer: bool, headless: bool = False, **options: Any) -> Any:
     """The model in a folder as transformers loads it, with the bundled modelling file where layers differ.
 
     Args:
+        headless: whether its class is the one without a head.
         options: of ``from_pretrained``; with a ``state_dict``, no weights are read from the folder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    from secateur.families.modeling_secateur import SecateurForCausalLM
+    from secateur.families.modeling_secateur import SecateurForCausalLM, SecateurModel
 
+    stock, ours = _auto_class(headless), SecateurModel if headless else SecateurForCausalLM
     with quiet_transformers():
         if "state_dict" not in options:
-            return (SecateurForCausalLM if per_layer else AutoModelForCausalLM).from_pretrained(folder, **options)
+            return (ours if per_layer else stock).from_pretrained(folder, **options)
         config = options.pop("config", None) or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if per_layer:
-            made = SecateurForCausalLM.from_pretrained(folder, config=config, **options)
+            made = ours.from_pretrained(folder, config=config, **options)
         else:
-            made = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(None, config=config, **options)
+            made = stock._model_mapping[type(config)].from_pretrained(None, config=config, **options)
         model = made[0] if isinstance(made, tuple) else made  # with what was found wrong, where that was asked for
         model.name_or_path = str(folder)
         if (folder / GENERATION).is_file():
@@ -145,11 +170,10 @@ def load_pretrained(folder: Path, per_layer: bool, **options: Any) -> Any:
 
 
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import AutoModelForCausalLM
-
+    stock = _auto_class(is_headless({"model_type": config.model_type, "architectures": config.architectures}))
     try:
         with quiet_transformers(), context():
-            model = AutoModelForCausalLM.from_config(config, **typed(dtype))
+            model = stock.from_config(config, **typed(dtype))
     except Exception as error:
         message = " ".join(str(error).split())
         refuse("bad-config", f"model of {type(config).__name__}", message or type(error).__name__)

@@ -104,7 +104,7 @@ class SelfCheck:
                 hidden, calls = runner.capture(token_ids())
                 for block, call in enumerate(calls):
                     hidden = runner.run(block, hidden, call)
-                found = runner.logits(token_ids(), hidden)
+                found = runner.outputs(token_ids(), hidden)
         except Exception as error:  # whatever a stock class trips over
             return f"its blocks do not run one by one ({_short(error)})"
         gap = difference(self.logits, found)

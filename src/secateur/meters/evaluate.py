@@ -12,6 +12,7 @@ from secateur.engine.prepare import context_of, resolve_dtype
 from secateur.errors import refuse
 from secateur.meters.counts import count
 from secateur.meters.perplexity import Text, fits, load_stock, perplexity
+from secateur.meters.similarity import ScoredPairs, similarity
 from secateur.meters.speed import speeds
 from secateur.meters.tasks import Tasks
 
@@ -26,6 +27,7 @@ def evaluate_models(
     dtype: str,
     device: torch.device,
     tasks: Tasks | None = None,
+    pairs: ScoredPairs | None = None,
 ) -> list[Figures]:
     """Figures of each model, loaded once; the speeds are taken in one run, their order alternated.
 
@@ -34,9 +36,10 @@ def evaluate_models(
         texts: files of held-out texts; the first gives the perplexity, several also ``texts``.
         context: window of the perplexity, at most the shortest context of the models.
         tasks: lm-eval tasks.
+        pairs: sentences whose similarity the embeddings shall tell; adds ``spearman`` and ``pairs``, their number.
 
     Raises:
-        RequestError: a text that is unreadable or too short, tasks for a model that does not fit into memory.
+        RequestError: a text that is unreadable or too short, tasks or pairs for a model that does not fit into memory.
     """
     types = [resolve_dtype(dtype, checkpoint, device) for checkpoint in checkpoints]
     shared = min([context_of(c) for c in checkpoints] + ([context] if context else []))
@@ -69,10 +72,15 @@ def evaluate_models(
         speed = list(speeds(models, vocab, shared, device))
     for found, checkpoint, model, fast in zip(figures, checkpoints, models, speed, strict=True):
         found.update(fast)
+        if tasks is None and pairs is None:
+            continue
+        if model is None:
+            asked = f"tasks or pairs on {str(checkpoint.folder.path)!r}"
+            refuse("too-large", asked, "the model does not fit into memory")
         if tasks is not None:
-            if model is None:
-                refuse("too-large", f"tasks on {str(checkpoint.folder.path)!r}", "the model does not fit into memory")
             found["tasks"] = tasks.run(checkpoint, model, device)
+        if pairs is not None:
+            found |= {"spearman": similarity(checkpoint, pairs, model, device), "pairs": len(pairs.scores)}
     return figures
 
 

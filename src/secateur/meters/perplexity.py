@@ -55,6 +55,7 @@ class Text:
         Raises:
             RequestError: unreadable text, or one shorter than a window.
         """
+        checkpoint.require_tokens(f"the perplexity of {path!r}")
         text = read_text(Path(path))
         ids = torch.from_numpy(encode(load_tokenizer(checkpoint.folder.path, trust_remote_code), text))
         length = min(context_of(checkpoint), context or LONGEST_WINDOW, LONGEST_WINDOW)
@@ -121,6 +122,6 @@ def _streamed(checkpoint: Checkpoint, batches: tuple[Tensor, ...], dtype: torch.
         hidden = [runner.run(block, state, call[block]) for state, call in zip(hidden, calls, strict=True)]
         runner.unload(block)
     return sum(
-        _negative_log_likelihood(runner.logits(batch, state), batch)
+        _negative_log_likelihood(runner.outputs(batch, state), batch)
         for batch, state in zip(batches, hidden, strict=True)
     )

@@ -12,8 +12,11 @@ import torch
 _PREFILL, _PROMPT, _DECODED, _ROUNDS = 256, 16, 24, 5
 
 
-def speeds(models: Sequence[Any], vocab: int, context: int, device: torch.device) -> list[dict[str, float]]:
-    """Tokens per second of every model: one sequence of up to 256 tokens, then 24 greedy steps with a cache."""
+def speeds(models: Sequence[Any], vocab: int, context: int, device: torch.device) -> list[dict[str, float | None]]:
+    """Tokens per second of every model: one sequence of up to 256 tokens, then 24 greedy steps with a cache.
+
+    A model that generates nothing has no speed of decoding.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (1, min(_PREFILL, context)), generator=generator).to(device)
     prefill: list[list[float]] = [[] for _ in models]
@@ -23,15 +26,17 @@ def speeds(models: Sequence[Any], vocab: int, context: int, device: torch.device
         for index in order:
             took = (
                 _prefill_seconds(models[index], ids),
-                _decode_seconds(models[index], ids[:, : min(_PROMPT, context // 2)]),
+                _decode_seconds(models[index], ids[:, : min(_PROMPT, context // 2)])
+                if models[index].can_generate()
+                else None,
             )
             if turn:  # the first round warms up
                 prefill[index].append(ids.shape[1] / took[0])
-                decode[index].append(took[1])
+                decode[index] += [] if took[1] is None else [took[1]]
     return [
         {
             "prefill_tokens_per_second": statistics.median(prefill[index]),
-            "decode_tokens_per_second": statistics.median(decode[index]),
+            "decode_tokens_per_second": statistics.median(decode[index]) if decode[index] else None,
         }
         for index in range(len(models))
     ]

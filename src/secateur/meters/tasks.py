@@ -74,6 +74,7 @@ class Tasks:
             checkpoint: where the model was loaded from.
             model: loaded by whatever loads this checkpoint, whatever its layout.
         """
+        checkpoint.require_tokens("tasks of lm-eval")
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 

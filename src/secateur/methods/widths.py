@@ -8,7 +8,7 @@ from typing import Final
 from secateur.budgets import Budget
 from secateur.cuts.stream import interfaces, sliced
 from secateur.families import Layout, Sizes
-from secateur.families.limits import problems
+from secateur.families.limits import problems, refusals
 
 _ROUNDING = 8  # the published code floors the width to a multiple of it
 _PER_LAYER: Final[Layout] = "per-layer"
@@ -39,6 +39,8 @@ def at_shares(budget: Budget, base: Sizes, shares: Sequence[float], head: float,
 
 def uneven_problems(budget: Budget, base: Sizes) -> list[str]:
     """Why the norms of a model cannot each read the stream at a width of their own."""
+    if reasons := refusals(budget.architecture, "residual", _PER_LAYER):
+        return reasons
     full = budget.sizes.residual - base.mean_free
     uneven = {name: full - index % 2 for index, name in enumerate(interfaces(budget.architecture))}
     return problems(budget.architecture, sliced(budget.architecture, base, uneven), budget.itemsize, _PER_LAYER)

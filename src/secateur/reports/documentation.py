@@ -15,7 +15,6 @@ from secateur.deltas.options import METHODS, DeltaMethod, Searched
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
-from secateur.families.stock import example_config
 from secateur.methods.registry import describe_method, describe_options, method_names
 from secateur.reports.markdown import table
 from secateur.spaces import KINDS
@@ -116,7 +115,7 @@ def families_table() -> str:
     """What can be cut where: family x space x layout."""
     rows = []
     for name in family_names():
-        architecture = Architecture(example_config(name))
+        architecture = Architecture.example(name)
         kinds = [kind for kind in KINDS if architecture.sizes.size(kind)]
         rows += [[name, kind, layout, *verdict(architecture, kind, layout)] for kind in kinds for layout in LAYOUTS]
     return table(["family", "space", "layout", "cut", "why, or what the sizes must satisfy"], rows)
@@ -126,7 +125,7 @@ def loads_table() -> str:
     """Where a pruned model of each family loads, by what was cut."""
     rows = []
     for name in family_names():
-        for runtime, stated in loads_by_kind(Architecture(example_config(name))).items():
+        for runtime, stated in loads_by_kind(Architecture.example(name)).items():
             states = dict.fromkeys(stated.values())
             rows += [[name, runtime, ", ".join(k for k in stated if stated[k] == state), state] for state in states]
     return table(["family", "runtime", "cut", "loads"], rows)

@@ -45,6 +45,7 @@ class PruneFacts:
         perplexity: before, after, context, tokens.
         speed: figures of ``evaluate_models`` for the dense and the pruned model.
         run: how the run went: seconds, peak memory, device, ...
+        spearman: before, after, pairs.
     """
 
     model: str
@@ -56,6 +57,7 @@ class PruneFacts:
     perplexity: dict[str, Any] | None
     speed: tuple[Figures, Figures] | None
     run: dict[str, str]
+    spearman: dict[str, Any] | None = None
 
 
 def sizes_table(record: dict[str, Any]) -> Table:
@@ -124,8 +126,14 @@ def _options(record: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in options.items()) or "none"
 
 
-def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -> None:
-    """The model card: only what the same request gives again, byte for byte."""
+def write_card(
+    folder: Path, record: dict[str, Any], achieved: dict[str, int], auto: str = "AutoModelForCausalLM"
+) -> None:
+    """The model card: only what the same request gives again, byte for byte.
+
+    Args:
+        auto: the class of transformers that loads the model.
+    """
     loads = table(["runtime", "loads"], [[name, state] for name, state in record["loads_in"].items()])
     origin = (
         f"\n\nThe card of the model it was made from is in `{SOURCE_CARD}`." if (folder / SOURCE_CARD).is_file() else ""
@@ -133,11 +141,11 @@ def write_card(folder: Path, record: dict[str, Any], achieved: dict[str, int]) -
     request = (
         f"`{record['method']}`, {_wanted(record)}, options: {_options(record)}, seed {record['requested']['seed']}"
     )
-    loading = 'Loads with plain `transformers`:\n\n    AutoModelForCausalLM.from_pretrained(".")'
+    loading = f'Loads with plain `transformers`:\n\n    {auto}.from_pretrained(".")'
     if "resize" in record:
         loading = (
             'Its layers differ in size. `secateur.load(".")` loads it, and so does `transformers` with the '
-            'modelling file in this folder:\n\n    AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)'
+            f'modelling file in this folder:\n\n    {auto}.from_pretrained(".", trust_remote_code=True)'
         )
     if "packed" in record:
         loading = (
@@ -180,7 +188,7 @@ def _request(facts: PruneFacts) -> Section:
         ["seed", record["requested"]["seed"]],
     ]
     if data is not None:
-        rows.append(["calibration text", f"{data['windows']} windows of {data['length']} tokens"])
+        rows.append(["calibration text", calibration(data)])
     return Section(
         "Request",
         [
@@ -191,6 +199,13 @@ def _request(facts: PruneFacts) -> Section:
             Listing(facts.recipe),
         ],
     )
+
+
+def calibration(data: dict[str, Any]) -> str:
+    """What was drawn, given its record."""
+    if "pairs" in data:
+        return f"{data['pairs']} pairs of texts of up to {data['length']} tokens"
+    return f"{data['windows']} windows of {data['length']} tokens"
 
 
 def _widths(facts: PruneFacts) -> Charts:
@@ -222,6 +237,11 @@ def _quality(facts: PruneFacts) -> Section:
         rows.append([what, *change(figures["before"], figures["after"], ".3f")])
         if max(figures["before"], figures["after"]) < float("inf"):
             charts.append(_compared("Perplexity", "perplexity, lower is better", figures["before"], figures["after"]))
+    similar = facts.spearman
+    if similar is not None:
+        what = f"Spearman of {similar['pairs']:,} scored pairs"
+        rows.append([what, *change(similar["before"], similar["after"], ".4f")])
+        charts.append(_compared("Similarity", "Spearman, higher is better", similar["before"], similar["after"]))
     for key, label in _SPEEDS.items():
         before, after = (side[key] for side in facts.speed or ({key: None}, {key: None}))
         if before is not None and after is not None:

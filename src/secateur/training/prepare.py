@@ -104,6 +104,7 @@ def prepare_recovery(request: RecoverRequest, options: Training) -> Recovery:
         require_peft()
     device = resolve_device(request.device)
     checkpoint = open_checkpoint(Path(locate(request.model)))
+    checkpoint.require_tokens("a recovery, which trains on the next token")
     teacher = None if request.teacher is None else open_checkpoint(Path(locate(request.teacher)))
     rate = options.learning_rate or default_rate(request.method, checkpoint.architecture.sizes.residual)
     options = options.model_copy(update={"learning_rate": rate})
