@@ -1,0 +1,272 @@
+"""Masked == cut: what a cut module computes against the uncut one with the same units silenced.
+
+Both run in float64 with all parameters stirred, so that zeros, ones and tiny scales of an initialisation hide nothing.
+Silencing and cutting share the list of what goes and nothing else: one writes zeros into the uncut module (whose
+normalisations then see only what stays), the other slices tensors and renumbers attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from secateur.graph.edit import Literal, cut, kept
+from secateur.graph.spaces import ChannelSpace, Gone, Graph
+from secateur.graph.state import shadow, tensor_at
+from secateur.graph.tape import Inputs, call
+
+TOLERANCE: Final = 1e-8
+_MADE_GOOD: Final = ("layer_norm", "group_norm")
+"""Statistics that the silenced module takes over what stays."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What verification found.
+
+    Attributes:
+        sound: names of spaces whose cut computes the same as their mask.
+        refused: reasons, by name of a space.
+        literals: attributes that the cut has to change besides those beyond doubt.
+    """
+
+    sound: tuple[str, ...]
+    refused: Mapping[str, str]
+    literals: frozenset[Literal]
+
+
+@dataclass
+class Bench:
+    """A stirred copy of a module in float64, on which cuts are tried.
+
+    Args:
+        module: the original; not touched.
+        graph: its channels.
+        inputs: example inputs.
+        seed: of the stirring.
+    """
+
+    module: nn.Module
+    graph: Graph
+    inputs: Inputs
+    seed: int = 0
+    copy: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.copy = shadow(self.module).eval()
+        tensors: dict[int, Tensor] = {}
+        generator = torch.Generator().manual_seed(self.seed)
+        for owner in self.copy.modules():
+            for table in (owner._parameters, owner._buffers):
+                for leaf, tensor in table.items():
+                    if tensor is not None:
+                        if id(tensor) not in tensors:
+                            tensors[id(tensor)] = _stirred(leaf, tensor, generator)
+                        table[leaf] = tensors[id(tensor)]  # type: ignore[assignment]
+        for owner in self.copy.modules():
+            if isinstance(owner, nn.RNNBase):
+                owner._init_flat_weights()  # type: ignore[no-untyped-call]
+        self.inputs = tree_map(_double, self.inputs)
+
+    def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
+        """Why cut and mask differ, empty where they agree; and attributes whose meaning was in doubt."""
+        doubtful: frozenset[Literal] = frozenset()
+        with torch.no_grad():
+            small = shadow(self.copy)
+            try:
+                doubtful = cut(small, self.graph, gone, literals)
+                found = _outputs(call(small, self.inputs))
+            except Exception as error:  # the module's own code may fail in any way
+                return f"the cut module does not run: {_first_line(error)}", doubtful
+            reason = ""
+            for everything in (False, True):
+                with self._silenced(gone, everything) as statistics, statistics:
+                    wanted = _outputs(call(self.copy, self.inputs))
+                reason = _difference(wanted, found)
+                if not reason:
+                    break
+        return reason, doubtful
+
+    @contextmanager
+    def _silenced(self, gone: Gone, everything: bool) -> Iterator[Any]:
+        """Zeros where something goes: in what makes it, or in what reads it as well."""
+        backup, stays = {}, {}
+        producers = {(e.name, e.dim) for s in self.graph.spaces for e in s.entries if e.roles != {"consumer"}}
+        for name, dims in kept(self.graph, gone).items():
+            tensor = tensor_at(self.copy, name)
+            backup[name] = tensor.clone()
+            for dim, index in dims.items():
+                if everything or (name, dim) in producers:
+                    mask = torch.zeros(tensor.shape[dim], dtype=torch.bool)
+                    mask[index] = True
+                    tensor.index_fill_(dim, (~mask).nonzero().flatten(), 0)
+            if tensor.ndim == 1:
+                stays[id(tensor)] = dims[0]
+        try:
+            yield _Statistics(stays) if stays else nullcontext()
+        finally:
+            for name, tensor in backup.items():
+                tensor_at(self.copy, name).copy_(tensor)
+
+
+class _Statistics(TorchFunctionMode):
+    """Normalisations with a weight that loses entries take their statistics over what stays."""
+
+    def __init__(self, stays: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._stays = stays
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        if func is functional.group_norm:
+            return self._group_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer_norm(
+        self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
+        index = self._stays.get(id(weight))
+        if index is None or weight is None:
+            return functional.layer_norm(x, shape, weight, bias, eps)
+        part = x[..., index]
+        centred = part - part.mean(-1, keepdim=True)
+        out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight[index]
+        return torch.zeros_like(x).index_copy(x.ndim - 1, index, out if bias is None else out + bias[index])
+
+    def _group_norm(
+        self, x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    ) -> Tensor:
+        index = self._stays.get(id(weight))
+        if index is None or weight is None:
+            return functional.group_norm(x, groups, weight, bias, eps)
+        out, width = torch.zeros_like(x), x.shape[1] // groups
+        for group in range(groups):
+            own = index[(index // width) == group]
+            if len(own):
+                part = x[:, own].flatten(1)
+                centred = part - part.mean(1, keepdim=True)
+                scaled = centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
+                shape = (1, -1) + (1,) * (x.ndim - 2)
+                value = scaled.reshape(x[:, own].shape) * weight[own].view(shape)
+                out[:, own] = value if bias is None else value + bias[own].view(shape)
+        return out
+
+
+def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[Verdict, Bench]:
+    """Try one unit of every space, those alike together, then all together.
+
+    Returns:
+        The verdict, and the bench for trying more.
+    """
+    bench = Bench(module, graph, inputs, seed)
+    refused: dict[str, str] = {}
+    rest: list[ChannelSpace] = []
+    for space in graph.spaces:
+        bad = [flag for flag in space.flags if not flag.startswith(_MADE_GOOD)]
+        if bad:
+            refused[space.name] = f"a statistic over it changes: {bad[0]}" + (f" and {len(bad) - 1} more" if bad[1:] else "")
+        elif space.size < 2:
+            refused[space.name] = "a single unit"
+        else:
+            rest.append(space)
+    trial = _Trial(bench, np.random.default_rng(seed))
+    if rest and trial(rest):
+        alike: dict[Any, list[ChannelSpace]] = {}
+        for space in rest:
+            alike.setdefault(space.topology, []).append(space)
+        good: list[ChannelSpace] = []
+        for group in alike.values():
+            reason = trial(group)
+            if not reason:
+                good += group
+            refused.update({space.name: reason for space in group if reason})
+        rest = trial.largest(good, refused)
+    return Verdict(tuple(space.name for space in rest), refused, frozenset(trial.literals)), bench
+
+
+class _Trial:
+    """Cuts of one unit of each of some spaces; remembers which doubtful attributes had to change."""
+
+    def __init__(self, bench: Bench, generator: np.random.Generator) -> None:
+        self._bench, self._generator = bench, generator
+        self.literals: set[Literal] = set()
+
+    def __call__(self, spaces: Sequence[ChannelSpace]) -> str:
+        """Why the cut is wrong, empty where it is right."""
+        gone = self._bench.graph.gone({s.name: [int(self._generator.integers(s.size))] for s in spaces})
+        if self._bench.graph.costs.smallest(gone) < 1:
+            return "an axis would be empty"
+        reason, doubtful = self._bench.compare(gone, self.literals)
+        if reason and len(spaces) > 1 and len({space.topology for space in spaces}) > 1:
+            return reason  # attributes are settled where spaces alike are tried
+        for more in ([one] for one in sorted(doubtful - self.literals)) if reason else ():
+            if not self._bench.compare(gone, self.literals | set(more))[0]:
+                self.literals |= set(more)
+                return ""
+        return reason
+
+    def largest(self, spaces: list[ChannelSpace], refused: dict[str, str]) -> list[ChannelSpace]:
+        """Spaces that can be cut together; those that cannot are refused, by halves."""
+        reason = self(spaces) if spaces else ""
+        if not reason:
+            return spaces
+        if len(spaces) == 1:
+            refused[spaces[0].name] = reason
+            return []
+        half = len(spaces) // 2
+        first, second = self.largest(spaces[:half], refused), self.largest(spaces[half:], refused)
+        both = self([*first, *second]) if first and second else ""
+        if both:
+            refused.update({space.name: f"not together with others: {both}" for space in second})
+            return first
+        return [*first, *second]
+
+
+def _stirred(leaf: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor in float64 without special values."""
+    if not tensor.is_floating_point():
+        return tensor
+    value = tensor.detach().double().clone()
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(value.device)
+    if isinstance(tensor, nn.Parameter):
+        constant = tensor.numel() < 2 or bool((value == value.flatten()[0]).all())
+        value = value + 0.1 * noise if constant else value * (1 + 0.1 * noise)
+        return nn.Parameter(value, requires_grad=False)
+    if leaf == "running_mean":
+        return value + 0.1 * noise
+    return value * (1 + 0.1 * noise).abs() if leaf == "running_var" else value
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _outputs(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """What is unequal, empty if nothing is."""
+    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
+        return "the outputs have other shapes"
+    for one, other in zip(wanted, found, strict=True):
+        scale = max(float(one.abs().max()), 1e-12) if one.numel() else 1.0
+        worst = float((one - other).abs().max()) / scale if one.numel() else 0.0
+        if not worst <= TOLERANCE:
+            return f"the outputs differ by {worst:.1e} of the largest"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
