@@ -237,7 +237,7 @@ def _space(
     made = next((entry for entry in found if "producer" in entry.roles and entry.parameter), found[0])
     taken = made.index.shape[1]
     name = made.name.removesuffix(".weight") + (f"+{taken}" if taken > 1 else "")
-    flags = {flag for members in group.classes for atom in members.tolist() for flag in flagged.get(atom, ())}
+    flags = {flag for atom in np.concatenate(group.classes).tolist() for flag in flagged.get(atom, ())} if flagged else set()
     return ChannelSpace(name, len(group.classes), tuple(found), tuple(group.classes), tuple(sorted(flags)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 from torch import Tensor, nn
@@ -32,6 +34,23 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     found: Tensor = getattr(module.get_submodule(path), leaf)
     return found
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Afterwards every module is as it was: its mode, and whatever its code kept on it while it ran."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [(part, dict(part.__dict__), [dict(getattr(part, name)) for name in tables]) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, contents in before:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+            for name, content in zip(tables, contents, strict=True):
+                table = getattr(part, name)
+                table.clear()
+                table.update(content)
 
 
 def shadow(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.graph.aten import read
 from secateur.graph.ir import Network, Value
-from secateur.graph.state import read_state, shadow
+from secateur.graph.state import read_state, restored
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 """Example inputs: one tensor, positional arguments, or arguments by name."""
@@ -38,23 +38,27 @@ def record(module: nn.Module, inputs: Inputs) -> Network:
     """Run a module once, as at evaluation, and write down what it does.
 
     In inference mode composite operators (linear, reshape, attention) are called whole, so the words are those of
-    ``torch.export`` before decomposition. The module is not touched: modules are copied, their tensors are not.
+    ``torch.export`` before decomposition. Afterwards the module is as it was.
     """
     network = Network()
-    copy = shadow(module).eval()
-    tape = _Tape(network, read_state(copy, network), {id(m): name for name, m in copy.named_modules()})
+    tape = _Tape(network, read_state(module, network), {id(m): name for name, m in module.named_modules()})
     args, kwargs = arguments(inputs)
-    with torch.inference_mode(), _plain_attention(), tape.following():
+    with restored(module), torch.inference_mode(), _plain_attention(), tape.following():
+        module.eval()
         args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         network.inputs = [tape.value(leaf, "input") for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)]
         with tape:
-            result = copy(*args, **kwargs)
+            result = module(*args, **kwargs)
         network.outputs = [tape.value(leaf) for leaf in tree_flatten(result)[0] if _is_tensor(leaf)]
     return network
 
 
 class _Tape(TorchDispatchMode):
     """Records every operator that is called while it is active."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs more than a small operator
 
     def __init__(self, network: Network, state: Mapping[int, Value], paths: Mapping[int, str]) -> None:
         super().__init__()

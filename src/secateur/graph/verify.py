@@ -8,7 +8,7 @@ normalisations then see only what stays), the other slices tensors and renumbers
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -87,35 +87,45 @@ class Bench:
                 found = _outputs(call(small, self.inputs))
             except Exception as error:  # the module's own code may fail in any way
                 return f"the cut module does not run: {_first_line(error)}", doubtful
-            reason = ""
-            for everything in (False, True):
-                with self._silenced(gone, everything) as statistics, statistics:
+            stays, reason = kept(self.graph, gone), ""
+            for there in (self._made(stays), stays):
+                with silenced(self.copy, there):
                     wanted = _outputs(call(self.copy, self.inputs))
-                reason = _difference(wanted, found)
-                if not reason:
+                if not (reason := _difference(wanted, found)):
                     break
         return reason, doubtful
 
-    @contextmanager
-    def _silenced(self, gone: Gone, everything: bool) -> Iterator[Any]:
-        """Zeros where something goes: in what makes it, or in what reads it as well."""
-        backup, stays = {}, {}
-        producers = {(e.name, e.dim) for s in self.graph.spaces for e in s.entries if e.roles != {"consumer"}}
-        for name, dims in kept(self.graph, gone).items():
-            tensor = tensor_at(self.copy, name)
-            backup[name] = tensor.clone()
-            for dim, index in dims.items():
-                if everything or (name, dim) in producers:
-                    mask = torch.zeros(tensor.shape[dim], dtype=torch.bool)
-                    mask[index] = True
-                    tensor.index_fill_(dim, (~mask).nonzero().flatten(), 0)
-            if tensor.ndim == 1:
-                stays[id(tensor)] = dims[0]
-        try:
-            yield _Statistics(stays) if stays else nullcontext()
-        finally:
-            for name, tensor in backup.items():
-                tensor_at(self.copy, name).copy_(tensor)
+    def _made(self, stays: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+        """The part of what stays that makes channels: silence in what reads them is stronger, and tried afterwards."""
+        reads = {(e.name, e.dim) for space in self.graph.spaces for e in space.entries if e.roles == {"consumer"}}
+        parts = {name: {d: i for d, i in dims.items() if (name, d) not in reads} for name, dims in stays.items()}
+        return {name: dims for name, dims in parts.items() if dims}
+
+
+@contextmanager
+def silenced(module: nn.Module, stays: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
+    """Zeros in a module for a while, where something of its tensors goes; normalisations see only what stays.
+
+    Args:
+        module: its tensors are written to and restored.
+        stays: positions that stay, by name and dimension; other axes stay whole.
+    """
+    backup, weights = {}, {}
+    for name, dims in stays.items():
+        tensor = tensor_at(module, name)
+        backup[name] = tensor.clone()
+        for dim, index in dims.items():
+            goes = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            goes[index] = False
+            tensor.index_fill_(dim, goes.nonzero().flatten(), 0)
+        if tensor.ndim == 1:
+            weights[id(tensor)] = dims[0]
+    try:
+        with _Statistics(weights):
+            yield
+    finally:
+        for name, tensor in backup.items():
+            tensor_at(module, name).copy_(tensor)
 
 
 class _Statistics(TorchFunctionMode):
@@ -260,12 +270,16 @@ def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
     """What is unequal, empty if nothing is."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
         return "the outputs have other shapes"
-    for one, other in zip(wanted, found, strict=True):
-        scale = max(float(one.abs().max()), 1e-12) if one.numel() else 1.0
-        worst = float((one - other).abs().max()) / scale if one.numel() else 0.0
-        if not worst <= TOLERANCE:
-            return f"the outputs differ by {worst:.1e} of the largest"
-    return ""
+    worst = max(map(relative_difference, wanted, found), default=0.0)
+    return "" if worst <= TOLERANCE else f"the outputs differ by {worst:.1e} of the largest"
+
+
+def relative_difference(wanted: Tensor, found: Tensor) -> float:
+    """The largest difference of two tensors of one shape, as a share of the largest value; infinite if not a number."""
+    if not wanted.numel():
+        return 0.0
+    worst = float((wanted - found).abs().max()) / max(float(wanted.abs().max()), 1e-12)
+    return worst if worst == worst else float("inf")
 
 
 def _first_line(error: Exception) -> str:
