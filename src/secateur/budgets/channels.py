@@ -90,8 +90,8 @@ def _order(spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], ranking
 def _taken(spaces: Sequence[ChannelSpace], order: Sequence[tuple[int, int]], floor: float, quantum: int) -> Units:
     """What goes of every space, floor and quantum kept."""
     units: dict[int, list[int]] = {}
-    for space, unit in order:
-        units.setdefault(space, []).append(unit)
+    for owner, unit in order:
+        units.setdefault(owner, []).append(unit)
     found: Units = {}
     for number, lowest in sorted(units.items()):
         space = spaces[number]

@@ -17,7 +17,9 @@ Reading = tuple[str, dict[str, Value], dict[str, Any]]
 Reader = Callable[[Arguments, Sequence[Value]], Reading]
 
 
-def read(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Value], place: str) -> Operation:
+def read(
+    func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Value], place: str
+) -> Operation:
     """The operation that a call is.
 
     Args:
@@ -175,7 +177,11 @@ def _slice(a: Arguments, _: Sequence[Value]) -> Reading:
 
 def _narrow(a: Arguments, _: Sequence[Value]) -> Reading:
     start = a["start"]
-    return "slice", {"x": a["self"]}, {"dim": a["dim"] % _rank(a["self"]), "start": start, "end": start + a["length"], "step": 1}
+    return (
+        "slice",
+        {"x": a["self"]},
+        {"dim": a["dim"] % _rank(a["self"]), "start": start, "end": start + a["length"], "step": 1},
+    )
 
 
 def _concatenate(op: str) -> Reader:
@@ -207,7 +213,7 @@ def _spatial(rank: int, source: str = "self") -> Reader:
     return lambda a, _: ("spatial", {"x": a.get(source, a.get("input"))}, {"rank": rank})
 
 
-def _unfold(a: Arguments, outputs: Sequence[Value]) -> Reading:
+def _unfold(a: Arguments, _: Sequence[Value]) -> Reading:
     """Tensor.unfold: windows of one axis on a new last one; the axis stays as it is."""
     return "windows", {"x": a["self"]}, {"dim": a["dimension"] % _rank(a["self"])}
 
@@ -249,7 +255,7 @@ def _attention(a: Arguments, _: Sequence[Value]) -> Reading:
 
 def _recurrent(gates: int) -> Reader:
     def reader(a: Arguments, _: Sequence[Value]) -> Reading:
-        if "batch_sizes" in a or a["train"] and a["dropout"]:
+        if "batch_sizes" in a or (a["train"] and a["dropout"]):
             return "barrier", _tensors(a), {}
         state = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
         inputs = {"x": a["input"], **_tensors({"state": state, "weight": a["params"]})}
@@ -276,16 +282,24 @@ def _names(names: str, reader: Reader) -> dict[str, Reader]:
 
 
 _READERS: Final[Mapping[str, Reader]] = {
-    **_names("contiguous clone detach alias to _to_copy dropout feature_dropout alpha_dropout native_dropout lift_fresh "
-             "zeros_like ones_like empty_like full_like rand_like randn_like type_as requires_grad "
-             "lift_fresh_copy resolve_conj resolve_neg zero fill cpu cuda double float half bfloat16 int long bool",
-             lambda a, _: ("same", {"x": a.get("self", a.get("input"))}, {})),
+    **_names(
+        "contiguous clone detach alias to _to_copy dropout feature_dropout alpha_dropout native_dropout lift_fresh "
+        "zeros_like ones_like empty_like full_like rand_like randn_like type_as requires_grad "
+        "lift_fresh_copy resolve_conj resolve_neg zero fill cpu cuda double float half bfloat16 int long bool",
+        lambda a, _: ("same", {"x": a.get("self", a.get("input"))}, {}),
+    ),
     **_names("mul div true_divide", _binary),
-    **_names("bernoulli where masked_fill copy lerp addcmul addcdiv fmod clamp maximum minimum rsub nan_to_num "
-             "isin hardswish hardsigmoid hardtanh silu mish gelu relu relu6 elu selu celu softplus leaky_relu threshold "
-             "log_sigmoid softshrink hardshrink rrelu", _all("elementwise")),
-    **_names("zeros ones empty full arange eye tril_indices triu_indices linspace scalar_tensor rand randn randperm "
-             "new_zeros new_ones new_empty new_full empty_strided randint", lambda a, _: ("create", {}, {})),
+    **_names(
+        "bernoulli where masked_fill copy lerp addcmul addcdiv fmod clamp maximum minimum rsub nan_to_num "
+        "isin hardswish hardsigmoid hardtanh silu mish gelu relu relu6 elu selu celu softplus leaky_relu threshold "
+        "log_sigmoid softshrink hardshrink rrelu",
+        _all("elementwise"),
+    ),
+    **_names(
+        "zeros ones empty full arange eye tril_indices triu_indices linspace scalar_tensor rand randn randperm "
+        "new_zeros new_ones new_empty new_full empty_strided randint",
+        lambda *_: ("create", {}, {}),
+    ),
     "linear": lambda a, _: ("linear", _some(x=a["input"], weight=a["weight"], bias=a["bias"]), {}),
     **_names("matmul mm bmm mv dot", _matmul),
     "addmm": _addmm,
@@ -297,24 +311,34 @@ _READERS: Final[Mapping[str, Reader]] = {
     **_names("group_norm", _group_norm),
     **_names("softmax _softmax log_softmax _log_softmax _safe_softmax", _along("softmax")),
     **_names("cumsum cumprod sort argsort topk logcumsumexp cummax", _ordered),
-    **_names("reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
-             lambda a, o: _pad({**a, "mode": "reflect"}, o)),
+    **_names(
+        "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
+        lambda a, o: _pad({**a, "mode": "reflect"}, o),
+    ),
     "glu": _along("gate"),
     "prelu": lambda a, _: ("batch_norm", {"x": a["self"], "weight": a["weight"]}, {}),
     "roll": _roll,
     "flip": _flip,
     "sum": _reduction("sum"),
-    **_names("mean amax amin max min argmax argmin var std prod logsumexp any all var_mean std_mean median",
-             _reduction("other")),
+    **_names(
+        "mean amax amin max min argmax argmin var std prod logsumexp any all var_mean std_mean median",
+        _reduction("other"),
+    ),
     **_names("norm linalg_vector_norm", _norm),
-    **_names("view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias ravel",
-             _squeezed),
+    **_names(
+        "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as _reshape_alias ravel",
+        _squeezed,
+    ),
     **_names("transpose swapaxes t mT adjoint", _transpose),
     "permute": _permute,
     "movedim": _movedim,
     **_names("expand expand_as", _plain("expand")),
     "repeat": lambda a, _: ("repeat", {"x": a["self"]}, {"times": a["repeats"]}),
-    "tile": lambda a, o: ("repeat", {"x": a["self"]}, {"times": [1] * (_rank(o[0]) - len(a["dims"])) + list(a["dims"])}),
+    "tile": lambda a, o: (
+        "repeat",
+        {"x": a["self"]},
+        {"times": [1] * (_rank(o[0]) - len(a["dims"])) + list(a["dims"])},
+    ),
     "repeat_interleave": _repeat_interleave,
     **_names("cat concat concatenate", _concatenate("concatenate")),
     **_names("stack", _concatenate("stack")),
@@ -323,13 +347,20 @@ _READERS: Final[Mapping[str, Reader]] = {
     "slice": _slice,
     "narrow": _narrow,
     **_names("pad constant_pad_nd", _pad),
-    **_names("max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_linear1d upsample_nearest1d",
-             _spatial(1)),
-    **_names("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
-             "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-             "max_pool2d_with_indices grid_sampler affine_grid_generator", _spatial(2)),
-    **_names("max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
-             _spatial(3)),
+    **_names(
+        "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_linear1d upsample_nearest1d",
+        _spatial(1),
+    ),
+    **_names(
+        "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+        "max_pool2d_with_indices grid_sampler affine_grid_generator",
+        _spatial(2),
+    ),
+    **_names(
+        "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d",
+        _spatial(3),
+    ),
     "pixel_shuffle": _shuffled("from_channels"),
     "pixel_unshuffle": _shuffled("into_channels"),
     "im2col": _shuffled("into_channels", rank=1),

@@ -1,7 +1,8 @@
 """Closed sets of classes: what goes when a head goes.
 
-A set of classes is closed if it can go as a whole: in every link, an entry is in it exactly if one of the entry's factors
-is. All positions of one factor are followed together, each under its own label; where their sets overlap, one by one.
+A set of classes is closed if it can go as a whole: in every link, an entry is in it exactly if one of the entry's
+factors is. All positions of one factor are followed together, each under its own label; where their sets overlap, one
+by one.
 """
 
 from __future__ import annotations
@@ -124,13 +125,13 @@ def _completed(link: Link, gone: Axis) -> Axis:
     entries: NDArray[np.bool_] = np.isin(link.flat, gone).reshape(link.shape)
     covered = np.zeros(link.shape, dtype=bool)
     for position, factor in enumerate(link.factors):
-        covered |= along(np.isin(factor, gone), position, rank)
+        covered |= along(np.isin(factor, gone).astype(bool), position, rank)
     found = [link.flat[(covered & ~entries).ravel()]]
     bare = entries & ~covered
     if bare.any():
         ways = []
         for position, factor in enumerate(link.factors):
-            needed = bare.any(axis=tuple(axis for axis in range(rank) if axis != position))
+            needed: NDArray[np.bool_] = np.asarray(bare.any(axis=tuple(a for a in range(rank) if a != position)))
             if factor[needed].all():
                 slab = np.broadcast_to(along(needed, position, rank), link.shape)
                 ways.append((int((slab & ~entries).sum()), position, factor[needed]))

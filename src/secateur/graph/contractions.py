@@ -10,6 +10,7 @@ from secateur.graph.atoms import Axis, frozen
 from secateur.graph.ir import Operation
 from secateur.graph.propagation import Axes, Propagation
 
+
 def broadcast(run: Propagation, shape: Sequence[int], operands: Sequence[Axes]) -> Axes:
     """Axes of an elementwise result: those of the operands tied, aligned at the last one; size 1 ties nothing."""
     out = []
@@ -93,12 +94,9 @@ def convolution(run: Propagation, step: Operation) -> list[Axes]:
     for axis in [*x[-rank:], *weight[2:]]:
         run.atoms.freeze(axis)
     channels = x[-rank - 1]
-    if transposed:
-        out = _grouped_transposed(run, channels, weight, groups)
-    else:
-        out = _grouped(run, channels, weight, groups)
-    for dim, role in enumerate(("consumer", "producer") if transposed else ("producer", "consumer")):
-        run.role(step.inputs["weight"], role, dim)
+    out = (_grouped_transposed if transposed else _grouped)(run, channels, weight, groups)
+    run.role(step.inputs["weight"], "producer", int(transposed))
+    run.role(step.inputs["weight"], "consumer", int(not transposed))
     _bias(run, step, out)
     shape = step.outputs[0].shape
     spatial = [frozen(size) for size in shape[-rank:]]

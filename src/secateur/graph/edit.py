@@ -16,17 +16,20 @@ from secateur.graph.state import tensor_at
 Literal = tuple[str, str]
 """An attribute by the class of its module and its name."""
 
-_OF_SHAPE: Final[Mapping[str, tuple[str, int]]] = {
-    "out_features": ("weight", 0),
-    "in_features": ("weight", 1),
-    "num_channels": ("weight", 0),
-    "num_parameters": ("weight", 0),
-    "embedding_dim": ("weight", 1),
-    "input_size": ("weight_ih_l0", 1),
-    "hidden_size": ("weight_hh_l0", 1),
+_OF_SHAPE: Final[Mapping[str, tuple[tuple[str, int], ...]]] = {
+    "out_features": (("weight", 0),),
+    "in_features": (("weight", 1),),
+    "num_features": (("weight", 0), ("running_mean", 0)),
+    "num_channels": (("weight", 0),),
+    "num_parameters": (("weight", 0),),
+    "embedding_dim": (("weight", 1),),
+    "input_size": (("weight_ih_l0", 1),),
+    "hidden_size": (("weight_hh_l0", 1),),
 }
 """Attributes of stock modules that repeat a size of one of their tensors."""
-_NOT_CHANNELS: Final = frozenset({"kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "training"})
+_NOT_CHANNELS: Final = frozenset(
+    {"kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "training"}
+)
 
 
 def kept(graph: Graph, gone: Gone) -> dict[str, dict[int, Tensor]]:
@@ -57,13 +60,19 @@ def cut(module: nn.Module, graph: Graph, gone: Gone, literals: Collection[Litera
         for alias in (name, *graph.network.aliases.get(name, ())):
             shapes[alias] = tensor_at(module, alias).shape
         _replace(module, graph, name, dims)
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
-        _stock(module.get_submodule(path), {n: s for n, s in shapes.items() if n.rpartition(".")[0] == path})
     for fact in graph.facts:
         for path in dict.fromkeys((fact.place, fact.weight.rpartition(".")[0])):
             owner = module.get_submodule(path)
             if isinstance(getattr(owner, fact.name, None), int):
                 setattr(owner, fact.name, int((~gone[fact.axis]).sum()))
+    for parts in graph.lists:
+        owner = module.get_submodule(parts.place)
+        old, new = [len(axis) for axis in parts.axes], [int((~gone[axis]).sum()) for axis in parts.axes]
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, list | tuple) and list(value) == old:
+                setattr(owner, name, type(value)(new))
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
+        _stock(module.get_submodule(path), {n: s for n, s in shapes.items() if n.rpartition(".")[0] == path})
     return doubtful
 
 
@@ -80,31 +89,22 @@ def _replace(module: nn.Module, graph: Graph, name: str, dims: Mapping[int, Tens
         setattr(module.get_submodule(path), leaf, new)
 
 
-def _stock(owner: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+def _stock(owner: Any, shapes: Mapping[str, torch.Size]) -> None:
     """Attributes of a module that repeat sizes of its own tensors, given their old shapes."""
     old = {name.rpartition(".")[2]: shape for name, shape in shapes.items()}
-    for attribute, (leaf, dim) in _OF_SHAPE.items():
-        if leaf in old and len(old[leaf]) > dim and getattr(owner, attribute, None) == old[leaf][dim]:
-            setattr(owner, attribute, getattr(owner, leaf).shape[dim])
-    for leaf in ("weight", "running_mean"):
-        if leaf in old and getattr(owner, "num_features", None) == old[leaf][0]:
-            owner.num_features = getattr(owner, leaf).shape[0]
-    if "weight" in old and tuple(getattr(owner, "normalized_shape", ())) == tuple(old["weight"]):
-        owner.normalized_shape = tuple(owner.weight.shape)  # type: ignore[union-attr]
-    if "weight" in old and isinstance(getattr(owner, "transposed", None), bool):
-        groups, (first, second) = owner.groups, old["weight"][:2]  # type: ignore[misc]
-        ins, outs = ("in_channels", 0), ("out_channels", 1)
-        if not owner.transposed:
-            ins, outs = ("out_channels", 0), ("in_channels", 1)
-        del first, second
-        weight, many = owner.weight.shape, _groups(owner, old["weight"], groups)  # type: ignore[union-attr]
-        setattr(owner, ins[0], weight[ins[1]])
-        setattr(owner, outs[0], weight[outs[1]] * many)
-
-
-def _groups(owner: nn.Module, old: torch.Size, groups: Any) -> int:
-    """Groups of a cut convolution, where it is depth-wise."""
-    return int(owner.weight.shape[0] // (old[0] // groups)) if old[1] == 1 and groups > 1 else int(groups)  # type: ignore[union-attr,operator]
+    for attribute, places in _OF_SHAPE.items():
+        for leaf, dim in places:
+            if leaf in old and len(old[leaf]) > dim and getattr(owner, attribute, None) == old[leaf][dim]:
+                setattr(owner, attribute, getattr(owner, leaf).shape[dim])
+                break
+    if "weight" not in old:
+        return
+    if tuple(getattr(owner, "normalized_shape", ())) == tuple(old["weight"]):
+        owner.normalized_shape = tuple(owner.weight.shape)
+    if isinstance(getattr(owner, "transposed", None), bool):  # a convolution; its groups are renumbered already
+        first, second = owner.weight.shape[:2]
+        sizes = (first, second * owner.groups)
+        owner.in_channels, owner.out_channels = sizes if owner.transposed else sizes[::-1]
 
 
 def _literals(module: nn.Module, graph: Graph, gone: Gone, wanted: frozenset[Literal]) -> frozenset[Literal]:
@@ -118,34 +118,16 @@ def _literals(module: nn.Module, graph: Graph, gone: Gone, wanted: frozenset[Lit
         owner = module.get_submodule(place)
         for name, value in _numbers(owner, changed):
             literal = (type(owner).__name__, name)
-            sure = all(len(changed[number]) == 1 for number in _flat(value) if number in changed)
-            if not sure:
+            if len(changed[value]) > 1:
                 doubtful.add(literal)
-            if sure or literal in wanted:
-                setattr(owner, name, _with(value, changed))
+            if len(changed[value]) == 1 or literal in wanted:
+                setattr(owner, name, min(changed[value]))
     return frozenset(doubtful)
 
 
-def _numbers(owner: nn.Module, changed: Mapping[int, Any]) -> Iterator[tuple[str, Any]]:
+def _numbers(owner: nn.Module, changed: Collection[int]) -> Iterator[tuple[str, int]]:
     """Attributes that hold one of some numbers."""
     for name, value in list(vars(owner).items()):
-        if not name.startswith("_") and name not in _OF_SHAPE and name not in _NOT_CHANNELS:
-            numbers = _flat(value)
-            if numbers and any(number in changed for number in numbers):
-                yield name, value
-
-
-def _flat(value: Any) -> list[int]:
-    if isinstance(value, bool):
-        return []
-    if isinstance(value, int):
-        return [value]
-    plain = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    return list(value) if plain else []
-
-
-def _with(value: Any, changed: Mapping[int, set[int]]) -> Any:
-    def number(old: int) -> int:
-        return min(changed[old]) if old in changed else old
-
-    return number(value) if isinstance(value, int) else type(value)(number(old) for old in value)
+        plain = isinstance(value, int) and not isinstance(value, bool) and value in changed
+        if plain and not name.startswith("_") and name not in _OF_SHAPE and name not in _NOT_CHANNELS:
+            yield name, value

@@ -45,6 +45,14 @@ class Fact:
     place: str
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A list of numbers that an attribute may hold: sizes of parts of an axis, in order."""
+
+    axes: tuple[Axis, ...]
+    place: str
+
+
 @dataclass
 class Propagation:
     """What the rules write to.
@@ -52,13 +60,15 @@ class Propagation:
     Attributes:
         atoms: all atoms so far.
         costs: of every contraction, the axes whose sizes multiply to its multiplications.
-        flags, facts, frozen_by: see :class:`Flag`, :class:`Fact`; unknown operators and where they stand.
+        flags, facts, lists: see :class:`Flag`, :class:`Fact`, :class:`Parts`.
+        frozen_by: operators without a rule, and where they stand.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
     costs: list[Axes] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
+    lists: list[Parts] = field(default_factory=list)
     frozen_by: dict[str, list[str]] = field(default_factory=dict)
     _axes: dict[Value, Axes] = field(default_factory=dict)
     _fixed: set[Value] = field(default_factory=set)
@@ -99,6 +109,11 @@ class Propagation:
         named = weight.name if weight is not None and weight.is_state else ""
         self.facts.append(Fact(name, axis, named, self._step.place))
 
+    def parts(self, axes: Sequence[Axis]) -> None:
+        """Say that a list of sizes names the parts of an axis."""
+        assert self._step is not None
+        self.lists.append(Parts(tuple(axes), self._step.place))
+
     def run(self, network: Network) -> None:
         """Apply the rules to every operation; what enters and leaves the network stays."""
         from secateur.graph.rules import RULES
@@ -112,7 +127,9 @@ class Propagation:
             except (IndexError, KeyError, StopIteration, ValueError):
                 made = []
             if [[len(axis) for axis in axes] for axes in made] != [list(value.shape) for value in step.outputs]:
-                self.frozen_by.setdefault(step.source, []).append(step.place)  # no wrong cut: what was misread is frozen
+                self.frozen_by.setdefault(step.source, []).append(
+                    step.place
+                )  # no wrong cut: what was misread is frozen
                 for axes in made:
                     for axis in axes:
                         self.atoms.freeze(axis)

@@ -1,13 +1,13 @@
 """What every operator says about the axes of its tensors: the one table that all front ends share.
 
 A rule is called with the axes of the operation's inputs and gives those of its outputs, saying on the way what must go
-together (``tie``), what is a product (``merge``, ``split``), what must stay (``freeze``), where a statistic would change
-(``flag``), what a weight's axis is for (``role``), and how many multiplications there are (``macs``).
+together (``tie``), what is a product (``merge``, ``split``), what must stay (``freeze``), where a statistic would
+change (``flag``), what a weight's axis is for (``role``), and how many multiplications there are (``macs``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -24,7 +24,6 @@ def _same(run: Propagation, step: Operation) -> list[Axes]:
     return [run.axes(next(iter(step.inputs.values()))) for _ in step.outputs]
 
 
-
 def _elementwise(run: Propagation, step: Operation) -> list[Axes]:
     for value in step.inputs.values():
         run.role(value, "scale" if step.attrs.get("scales") else "bias")
@@ -34,13 +33,6 @@ def _elementwise(run: Propagation, step: Operation) -> list[Axes]:
 
 def _create(run: Propagation, step: Operation) -> list[Axes]:
     return [[run.atoms.fresh(size) for size in out.shape] for out in step.outputs]
-
-
-
-
-
-
-
 
 
 def _batch_norm(run: Propagation, step: Operation) -> list[Axes]:
@@ -191,23 +183,33 @@ def _stack(run: Propagation, step: Operation) -> list[Axes]:
 
 def _split(run: Propagation, step: Operation) -> list[Axes]:
     """Parts of an axis; equal ones stay equal, since the code may count them instead of naming their size."""
-    x, dim, sizes = run.axes(step.inputs["x"]), step.attrs["dim"], [out.shape[step.attrs["dim"]] for out in step.outputs]
+    x, dim, sizes = (
+        run.axes(step.inputs["x"]),
+        step.attrs["dim"],
+        [out.shape[step.attrs["dim"]] for out in step.outputs],
+    )
     axis = x[dim]
-    if is_frozen(axis) or len(sizes) == 1:
-        parts = [axis] if len(sizes) == 1 else [frozen(size) for size in sizes]
-    elif len(set(sizes)) == 1:
-        inner = run.atoms.fresh(sizes[0])
-        run.atoms.link(axis, (frozen(len(sizes)), inner))
-        parts = [inner] * len(sizes)
+    if len(set(sizes)) == 1:
+        parts = _equal_parts(run, axis, len(sizes))
     else:
         parts = list(np.split(axis, np.cumsum(sizes)[:-1]))
+        run.parts(parts)
     return [[*x[:dim], part, *x[dim + 1 :]] for part in parts]
+
+
+def _equal_parts(run: Propagation, axis: Axis, count: int) -> list[Axis]:
+    if count == 1:
+        return [axis]
+    inner = frozen(len(axis) // count) if is_frozen(axis) else run.atoms.fresh(len(axis) // count)
+    run.atoms.link(axis, (frozen(count), inner))
+    return [inner] * count
 
 
 def _gate(run: Propagation, step: Operation) -> list[Axes]:
     """Half of an axis times a function of the other half."""
     x, dim = run.axes(step.inputs["x"]), step.attrs["dim"]
-    return [[*x[:dim], run.atoms.split(x[dim], (2, len(x[dim]) // 2))[1], *x[dim + 1 :]]]
+    (half, _) = _equal_parts(run, x[dim], 2)
+    return [[*x[:dim], half, *x[dim + 1 :]]]
 
 
 def _windows(run: Propagation, step: Operation) -> list[Axes]:
@@ -297,7 +299,6 @@ def _index(run: Propagation, step: Operation) -> list[Axes]:
             run.atoms.freeze(axis)
     rank = max(len(axes) for axes in picked)
     return [[*x[:dim], *map(frozen, step.outputs[0].shape[dim : dim + rank]), *x[dim + count :]]]
-
 
 
 def _barrier(run: Propagation, step: Operation) -> list[Axes]:

@@ -15,7 +15,7 @@ from secateur.graph.atoms import Axis, Classes
 from secateur.graph.closures import closed_sets
 from secateur.graph.costs import Costs
 from secateur.graph.ir import Network
-from secateur.graph.propagation import Fact, Propagation, Role
+from secateur.graph.propagation import Fact, Parts, Propagation, Role
 
 Gone = NDArray[np.bool_]
 """Which atoms go, by atom."""
@@ -74,6 +74,7 @@ class Graph:
         spaces: what can be cut, in the order of the state.
         axes: classes of every axis of every tensor of the state, by name.
         facts: attributes that count an axis, with the axis' classes.
+        lists: attributes that list the sizes of parts of an axis, likewise.
         costs: parameters and multiply-accumulates as functions of what goes.
         steps: for every operation, the classes of all its axes.
         unknown: operators without a rule, and the modules they stand in; they freeze what they touch.
@@ -83,6 +84,7 @@ class Graph:
     spaces: tuple[ChannelSpace, ...]
     axes: Mapping[str, tuple[Axis, ...]]
     facts: tuple[Fact, ...]
+    lists: tuple[Parts, ...]
     costs: Costs
     steps: Mapping[str, tuple[Axis, ...]]
     unknown: Mapping[str, tuple[str, ...]]
@@ -136,6 +138,7 @@ def build(network: Network) -> Graph:
         tuple(_distinct(spaces)),
         axes,
         tuple(facts),
+        tuple(Parts(tuple(map(classes.of, parts.axes)), parts.place) for parts in run.lists),
         Costs(parameters, [[classes.of(axis) for axis in term] for term in run.costs]),
         {place: tuple(found) for place, found in steps.items()},
         {op: tuple(dict.fromkeys(places)) for op, places in run.frozen_by.items()},
@@ -237,7 +240,11 @@ def _space(
     made = next((entry for entry in found if "producer" in entry.roles and entry.parameter), found[0])
     taken = made.index.shape[1]
     name = made.name.removesuffix(".weight") + (f"+{taken}" if taken > 1 else "")
-    flags = {flag for atom in np.concatenate(group.classes).tolist() for flag in flagged.get(atom, ())} if flagged else set()
+    flags = (
+        {flag for atom in np.concatenate(group.classes).tolist() for flag in flagged.get(atom, ())}
+        if flagged
+        else set()
+    )
     return ChannelSpace(name, len(group.classes), tuple(found), tuple(group.classes), tuple(sorted(flags)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ def record(module: nn.Module, inputs: Inputs) -> Network:
     return network
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every operator that is called while it is active."""
 
     @classmethod
@@ -61,7 +61,7 @@ class _Tape(TorchDispatchMode):
         return False  # nothing is compiled here, and the guard against it costs more than a small operator
 
     def __init__(self, network: Network, state: Mapping[int, Value], paths: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._network, self._state, self._paths = network, state, paths
         self._values: Any = WeakIdKeyDictionary()
         self._places = [""]
@@ -126,4 +126,5 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-_is_tensor: Callable[[Any], bool] = lambda leaf: isinstance(leaf, Tensor)  # noqa: E731
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)

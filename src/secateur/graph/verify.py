@@ -66,15 +66,16 @@ class Bench:
         tensors: dict[int, Tensor] = {}
         generator = torch.Generator().manual_seed(self.seed)
         for owner in self.copy.modules():
-            for table in (owner._parameters, owner._buffers):
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for table in tables:
                 for leaf, tensor in table.items():
                     if tensor is not None:
                         if id(tensor) not in tensors:
                             tensors[id(tensor)] = _stirred(leaf, tensor, generator)
-                        table[leaf] = tensors[id(tensor)]  # type: ignore[assignment]
+                        table[leaf] = tensors[id(tensor)]
         for owner in self.copy.modules():
             if isinstance(owner, nn.RNNBase):
-                owner._init_flat_weights()  # type: ignore[no-untyped-call]
+                owner._init_flat_weights()
         self.inputs = tree_map(_double, self.inputs)
 
     def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
@@ -185,7 +186,9 @@ def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tu
     for space in graph.spaces:
         bad = [flag for flag in space.flags if not flag.startswith(_MADE_GOOD)]
         if bad:
-            refused[space.name] = f"a statistic over it changes: {bad[0]}" + (f" and {len(bad) - 1} more" if bad[1:] else "")
+            refused[space.name] = f"a statistic over it changes: {bad[0]}" + (
+                f" and {len(bad) - 1} more" if bad[1:] else ""
+            )
         elif space.size < 2:
             refused[space.name] = "a single unit"
         else:

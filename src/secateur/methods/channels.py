@@ -44,8 +44,8 @@ class GraphMethod(Named):
     quantum: int = Field(1, ge=1, description="what stays of a cut space is a multiple of it")
     statistics: Literal["keep", "change"] = Field(
         "keep",
-        description="whether spaces may be cut over which a layer or group norm takes mean and variance: these are taken "
-        "over what stays then, which no mask of the uncut network does",
+        description="whether spaces may be cut over which a layer or group norm takes mean and variance: those of what "
+        "stays, then",
     )
 
     def score(self, study: ChannelStudy) -> dict[str, Tensor]:

@@ -21,11 +21,13 @@ class Spa(GraphMethod):
 
     score_by: Literal["l1", "l2", "bn", "random"] = Field(
         "l1",
-        description="what an entry of a weight is worth: its absolute value, its square, the scale of its normalisation "
-        "alone (all weights where there is none), or units at random",
+        description="what an entry of a weight is worth: its absolute value, its square, the scale of its batch norm "
+        "alone (all weights where there is none); or units at random",
     )
-    aggregation: Aggregation = Field("mean", description="how the sums over a unit's slices of all tensors become one")
-    normaliser: Normaliser = Field("mean", description="what of a space its scores are divided by, so that spaces compare")
+    aggregation: Aggregation = Field("mean", description="how the sums over a unit's slices become one")
+    normaliser: Normaliser = Field(
+        "mean", description="what of its space a score is divided by, so that spaces compare"
+    )
 
     @property
     def seeded(self) -> bool:  # type: ignore[override]
