@@ -11,6 +11,7 @@ import gc
 import importlib.util
 import json
 import multiprocessing
+import resource
 import statistics
 import time
 import traceback
@@ -33,7 +34,8 @@ MODELS = (HERE / "zoo_models.txt").read_text(encoding="utf-8").split()
 RATIO = 0.5
 PEER_RATIO = 0.3  # of the channels of every layer: about half of the parameters
 EXACT = 1e-8
-LIMIT = 900  # seconds
+LIMIT = 600  # seconds
+CPU_LIMIT = 150  # processor seconds
 
 
 def model_of(name: str) -> tuple[nn.Module, Tensor]:
@@ -187,6 +189,8 @@ SIDES: dict[str, Callable[[str], dict[str, Any]]] = {"secateur": ours, "torch_pr
 
 def _child(side: str, name: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")
+    spent = int(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_LIMIT, spent + CPU_LIMIT))
     try:
         found = SIDES[side](name)
     except Exception as error:
@@ -206,7 +210,8 @@ def alone(side: str, name: str) -> dict[str, Any]:
     try:
         return dict(here.recv()) if here.poll(LIMIT) else {"failed": f"not done after {LIMIT} s"}
     except EOFError:
-        return {"failed": f"the process ended with {process.exitcode}"}
+        process.join()
+        return {"failed": f"the process ended with {process.exitcode} (more than {CPU_LIMIT} processor seconds: -9)"}
     finally:
         process.kill()
         process.join()

@@ -112,7 +112,9 @@ def test_costs_are_those_of_the_cut_module(name: str) -> None:
 
 
 def test_multiplications_of_known_layers() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 36, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
     graph = found_in(model, torch.randn(1, 3, 8, 8))
     assert graph.costs.macs(graph.gone({})) == 8 * 64 * 3 * 9 + 8 * 36 * 9 + 8 * 36 * 5
 

@@ -22,7 +22,7 @@ from secateur.graph.edit import cut
 from secateur.graph.spaces import ChannelSpace, Graph, build
 from secateur.graph.state import tensor_at
 from secateur.graph.tape import Inputs, record
-from secateur.graph.verify import Verdict, verify
+from secateur.graph.verify import Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
@@ -105,12 +105,21 @@ def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any],
         spaces, refused = _allowed(found, verdict, method)
         generator = torch.Generator().manual_seed(request.seed)
         scores = method.score(ChannelStudy(found, spaces, partial(tensor_at, module), generator))
-        units = choose(found, scores, wanted, method.ranking, method.floor, method.quantum, request.tolerance)
+        ranking, floor, quantum = method.ranking, method.floor, method.quantum
+        while True:
+            units = choose(found, scores, wanted, ranking, floor, quantum, request.tolerance)
+            gone = found.gone(units)
+            reason, _ = bench.compare(gone, verdict.literals)
+            if not reason:
+                break
+            bad = faults(found, bench, units, verdict.literals)
+            if not bad:
+                raise InternalError(
+                    "cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed"
+                )
+            refused |= bad
+            scores = {name: values for name, values in scores.items() if name not in bad}
         clock.append(time.perf_counter())
-        gone = found.gone(units)
-        reason, _ = bench.compare(gone, verdict.literals)
-        if reason:
-            raise InternalError("cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed")
         result = module if inplace else copy.deepcopy(module)
         cut(result, found, gone, verdict.literals)
         clock.append(time.perf_counter())

@@ -175,7 +175,7 @@ class _Statistics(TorchFunctionMode):
 
 
 def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[Verdict, Bench]:
-    """Try one unit of every space, those alike together, then all together.
+    """Try some units of every space, those alike together, then all together.
 
     Returns:
         The verdict, and the bench for trying more.
@@ -208,8 +208,22 @@ def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tu
     return Verdict(tuple(space.name for space in rest), refused, frozenset(trial.literals)), bench
 
 
+def faults(
+    graph: Graph, bench: Bench, units: Mapping[str, Sequence[int]], literals: Collection[Literal]
+) -> dict[str, str]:
+    """Spaces whose chosen units cannot be cut as they are, with the reasons; spaces alike are tried together."""
+    alike: dict[Any, dict[str, Sequence[int]]] = {}
+    for name, chosen in units.items():
+        alike.setdefault(graph.space(name).topology, {})[name] = chosen
+    found: dict[str, str] = {}
+    for group in alike.values():
+        if reason := bench.compare(graph.gone(group), literals)[0]:
+            found |= dict.fromkeys(group, reason)
+    return found
+
+
 class _Trial:
-    """Cuts of one unit of each of some spaces; remembers which doubtful attributes had to change."""
+    """Cuts of some units of each of some spaces; remembers which doubtful attributes had to change."""
 
     def __init__(self, bench: Bench, generator: np.random.Generator) -> None:
         self._bench, self._generator = bench, generator
@@ -217,11 +231,20 @@ class _Trial:
 
     def __call__(self, spaces: Sequence[ChannelSpace]) -> str:
         """Why the cut is wrong, empty where it is right."""
-        gone = self._bench.graph.gone({s.name: [int(self._generator.integers(s.size))] for s in spaces})
+        return self.of({space.name: self._some(space.size) for space in spaces}, {s.topology for s in spaces})
+
+    def _some(self, size: int) -> list[int]:
+        """A few units, at most a third of them."""
+        count = int(self._generator.integers(1, max(size // 3, 1) + 1))
+        return [int(unit) for unit in self._generator.choice(size, count, replace=False)]
+
+    def of(self, units: Mapping[str, Sequence[int]], topologies: Collection[Any]) -> str:
+        """Why the cut of these very units is wrong, empty where it is right."""
+        gone = self._bench.graph.gone(units)
         if self._bench.graph.costs.smallest(gone) < 1:
             return "an axis would be empty"
         reason, doubtful = self._bench.compare(gone, self.literals)
-        if reason and len(spaces) > 1 and len({space.topology for space in spaces}) > 1:
+        if reason and len(topologies) > 1:
             return reason  # attributes are settled where spaces alike are tried
         for more in ([one] for one in sorted(doubtful - self.literals)) if reason else ():
             if not self._bench.compare(gone, self.literals | set(more))[0]:
