@@ -142,3 +142,5 @@ class Propagation:
         for value in [*network.inputs, *network.outputs]:
             for axis in self.axes(value):
                 self.atoms.freeze(axis)
+        for value in network.state.values():  # nothing is known of what the run did not read
+            self._axes.setdefault(value, [frozen(size) for size in value.shape])

@@ -61,6 +61,11 @@ def method_names() -> list[str]:
     return sorted({*_OURS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
+def checkpoint_methods() -> list[str]:
+    """Names of the methods for checkpoints of language models, without those for modules."""
+    return [name for name in method_names() if method_class(name).group != "graph"]
+
+
 def method_class(name: str) -> type[Named]:
     """The class of a method; an unknown name is refused with near matches."""
     if name in _OURS:
