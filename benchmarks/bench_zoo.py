@@ -35,7 +35,7 @@ RATIO = 0.5
 PEER_RATIO = 0.3  # of the channels of every layer: about half of the parameters
 EXACT = 1e-8
 LIMIT = 600  # seconds
-CPU_LIMIT = 150  # processor seconds
+CPU_LIMIT = 40  # processor seconds
 
 
 def model_of(name: str) -> tuple[nn.Module, Tensor]:
@@ -336,8 +336,8 @@ def main() -> None:
         for line in journal.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             rows.setdefault(entry["model"], {})[entry["side"]] = entry["found"]
-    for name in names:
-        for side in sides:
+    for side in sides:
+        for name in names:
             if side not in rows.setdefault(name, {}):
                 rows[name][side] = alone(side, name)
                 print(name, side, json.dumps(rows[name][side]), flush=True)

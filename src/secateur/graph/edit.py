@@ -49,12 +49,12 @@ def cut(module: nn.Module, graph: Graph, gone: Gone, literals: Collection[Litera
     Args:
         module: as it was when the graph was made; tensors are replaced, not written to.
         gone: which atoms go.
-        literals: attributes to change though their number also stands for something that stays.
+        literals: attributes to treat otherwise than their numbers suggest.
 
     Returns:
-        Such attributes, whether changed or not.
+        All attributes whose numbers may name a size that changes.
     """
-    doubtful = _literals(module, graph, gone, frozenset(literals))
+    doubtful = _literals(module, graph, gone, literals)
     shapes = {}
     for name, dims in kept(graph, gone).items():
         for alias in (name, *graph.network.aliases.get(name, ())):
@@ -107,9 +107,12 @@ def _stock(owner: Any, shapes: Mapping[str, torch.Size]) -> None:
         owner.in_channels, owner.out_channels = sizes if owner.transposed else sizes[::-1]
 
 
-def _literals(module: nn.Module, graph: Graph, gone: Gone, wanted: frozenset[Literal]) -> frozenset[Literal]:
-    """Change plain numbers of modules that name the size of an axis their operations see, and that changes."""
-    doubtful = set()
+def _literals(module: nn.Module, graph: Graph, gone: Gone, turned: Collection[Literal]) -> frozenset[Literal]:
+    """Change plain numbers of modules that name the size of an axis which their operations see and which changes.
+
+    Where other axes of that size do not change alike, the number stays; for what is ``turned`` it is the other way.
+    """
+    found = set()
     for place, axes in graph.steps.items():
         sizes: dict[int, set[int]] = defaultdict(set)
         for axis in axes:
@@ -118,11 +121,10 @@ def _literals(module: nn.Module, graph: Graph, gone: Gone, wanted: frozenset[Lit
         owner = module.get_submodule(place)
         for name, value in _numbers(owner, changed):
             literal = (type(owner).__name__, name)
-            if len(changed[value]) > 1:
-                doubtful.add(literal)
-            if len(changed[value]) == 1 or literal in wanted:
+            found.add(literal)
+            if (len(changed[value]) == 1) != (literal in turned):
                 setattr(owner, name, min(changed[value]))
-    return frozenset(doubtful)
+    return frozenset(found)
 
 
 def _numbers(owner: nn.Module, changed: Collection[int]) -> Iterator[tuple[str, int]]:

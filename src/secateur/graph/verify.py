@@ -27,6 +27,8 @@ from secateur.graph.tape import Inputs, call
 TOLERANCE: Final = 1e-8
 _MADE_GOOD: Final = ("layer_norm", "group_norm")
 """Statistics that the silenced module takes over what stays."""
+_TURNS: Final = 8
+"""Attributes tried the other way, for spaces alike."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Verdict:
     Attributes:
         sound: names of spaces whose cut computes the same as their mask.
         refused: reasons, by name of a space.
-        literals: attributes that the cut has to change besides those beyond doubt.
+        literals: attributes that the cut has to treat otherwise than their numbers suggest.
     """
 
     sound: tuple[str, ...]
@@ -79,7 +81,7 @@ class Bench:
         self.inputs = tree_map(_double, self.inputs)
 
     def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
-        """Why cut and mask differ, empty where they agree; and attributes whose meaning was in doubt."""
+        """Why cut and mask differ, empty where they agree; and attributes that may hold a size."""
         doubtful: frozenset[Literal] = frozenset()
         with torch.no_grad():
             small = shadow(self.copy)
@@ -223,7 +225,7 @@ def faults(
 
 
 class _Trial:
-    """Cuts of some units of each of some spaces; remembers which doubtful attributes had to change."""
+    """Cuts of some units of each of some spaces; remembers which attributes had to be turned."""
 
     def __init__(self, bench: Bench, generator: np.random.Generator) -> None:
         self._bench, self._generator = bench, generator
@@ -246,9 +248,9 @@ class _Trial:
         reason, doubtful = self._bench.compare(gone, self.literals)
         if reason and len(topologies) > 1:
             return reason  # attributes are settled where spaces alike are tried
-        for more in ([one] for one in sorted(doubtful - self.literals)) if reason else ():
-            if not self._bench.compare(gone, self.literals | set(more))[0]:
-                self.literals |= set(more)
+        for turned in sorted(doubtful - self.literals)[:_TURNS] if reason else ():
+            if not self._bench.compare(gone, {*self.literals, turned})[0]:
+                self.literals.add(turned)
                 return ""
         return reason
 
