@@ -41,6 +41,20 @@ class Concatenated(nn.Module):
         return self.head(torch.cat([x, third], 1))
 
 
+class Padded(nn.Module):
+    """A shortcut padded with zeros to more channels; the amount stands in an attribute and equals a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.extra = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1), 4
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        wide = functional.pad(x, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        return self.head((wide + self.second(x)).relu())
+
+
 class Grouped(nn.Module):
     """Grouped and depth-wise convolutions, and one that gives two channels for each."""
 
@@ -235,6 +249,7 @@ def image(size: int = 8) -> Tensor:
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "residual": (Residual, image),
     "concatenated": (Concatenated, image),
+    "padded": (Padded, image),
     "grouped": (Grouped, image),
     "shuffled": (Shuffled, image),
     "unet": (UNet, image),
