@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from secateur.graph.spaces import Gone, Graph
 from secateur.graph.state import tensor_at
 
-Literal = tuple[str, str]
-"""An attribute by the class of its module and its name."""
+Literal = tuple[str, str, bool]
+"""An attribute by the class of its module and its name, and whether its number follows the channels."""
 
 _OF_SHAPE: Final[Mapping[str, tuple[tuple[str, int], ...]]] = {
     "out_features": (("weight", 0),),
@@ -28,7 +28,17 @@ _OF_SHAPE: Final[Mapping[str, tuple[tuple[str, int], ...]]] = {
 }
 """Attributes of stock modules that repeat a size of one of their tensors."""
 _NOT_CHANNELS: Final = frozenset(
-    {"kernel_size", "stride", "padding", "dilation", "output_padding", "groups", "training"}
+    {
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "output_padding",
+        "groups",
+        "training",
+    }
 )
 
 
@@ -49,10 +59,10 @@ def cut(module: nn.Module, graph: Graph, gone: Gone, literals: Collection[Litera
     Args:
         module: as it was when the graph was made; tensors are replaced, not written to.
         gone: which atoms go.
-        literals: attributes to treat otherwise than their numbers suggest.
+        literals: what is known of attributes; the others go by their numbers.
 
     Returns:
-        All attributes whose numbers may name a size that changes.
+        What may be true of the attributes whose numbers may name a size that changes.
     """
     doubtful = _literals(module, graph, gone, literals)
     shapes = {}
@@ -107,12 +117,13 @@ def _stock(owner: Any, shapes: Mapping[str, torch.Size]) -> None:
         owner.in_channels, owner.out_channels = sizes if owner.transposed else sizes[::-1]
 
 
-def _literals(module: nn.Module, graph: Graph, gone: Gone, turned: Collection[Literal]) -> frozenset[Literal]:
+def _literals(module: nn.Module, graph: Graph, gone: Gone, known: Collection[Literal]) -> frozenset[Literal]:
     """Change plain numbers of modules that name the size of an axis which their operations see and which changes.
 
-    Where other axes of that size do not change alike, the number stays; for what is ``turned`` it is the other way.
+    Where nothing is known, a number stays if other axes of that size do not change alike.
     """
-    found = set()
+    follows = {(kind, name): change for kind, name, change in known}
+    found: set[Literal] = set()
     for place, axes in graph.steps.items():
         sizes: dict[int, set[int]] = defaultdict(set)
         for axis in axes:
@@ -120,9 +131,9 @@ def _literals(module: nn.Module, graph: Graph, gone: Gone, turned: Collection[Li
         changed = {old: new for old, new in sizes.items() if old > 1 and new != {old}}
         owner = module.get_submodule(place)
         for name, value in _numbers(owner, changed):
-            literal = (type(owner).__name__, name)
-            found.add(literal)
-            if (len(changed[value]) == 1) != (literal in turned):
+            kind = type(owner).__name__
+            found |= {(kind, name, False), (kind, name, True)}
+            if follows.get((kind, name), len(changed[value]) == 1):
                 setattr(owner, name, min(changed[value]))
     return frozenset(found)
 

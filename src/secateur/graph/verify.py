@@ -27,8 +27,8 @@ from secateur.graph.tape import Inputs, call
 TOLERANCE: Final = 1e-8
 _MADE_GOOD: Final = ("layer_norm", "group_norm")
 """Statistics that the silenced module takes over what stays."""
-_TURNS: Final = 8
-"""Attributes tried the other way, for spaces alike."""
+_TURNS: Final = 12
+"""Guesses about attributes, for spaces alike."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Verdict:
     Attributes:
         sound: names of spaces whose cut computes the same as their mask.
         refused: reasons, by name of a space.
-        literals: attributes that the cut has to treat otherwise than their numbers suggest.
+        literals: what had to be settled of attributes that may hold a size.
     """
 
     sound: tuple[str, ...]
@@ -81,7 +81,7 @@ class Bench:
         self.inputs = tree_map(_double, self.inputs)
 
     def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
-        """Why cut and mask differ, empty where they agree; and attributes that may hold a size."""
+        """Why cut and mask differ, empty where they agree; and what may be true of attributes that may hold a size."""
         doubtful: frozenset[Literal] = frozenset()
         with torch.no_grad():
             small = shadow(self.copy)
@@ -225,7 +225,7 @@ def faults(
 
 
 class _Trial:
-    """Cuts of some units of each of some spaces; remembers which attributes had to be turned."""
+    """Cuts of some units of each of some spaces; remembers what it had to settle of attributes."""
 
     def __init__(self, bench: Bench, generator: np.random.Generator) -> None:
         self._bench, self._generator = bench, generator
@@ -248,9 +248,10 @@ class _Trial:
         reason, doubtful = self._bench.compare(gone, self.literals)
         if reason and len(topologies) > 1:
             return reason  # attributes are settled where spaces alike are tried
-        for turned in sorted(doubtful - self.literals)[:_TURNS] if reason else ():
-            if not self._bench.compare(gone, {*self.literals, turned})[0]:
-                self.literals.add(turned)
+        settled = {literal[:2] for literal in self.literals}
+        for one in sorted(literal for literal in doubtful if literal[:2] not in settled)[:_TURNS] if reason else ():
+            if not self._bench.compare(gone, {*self.literals, one})[0]:
+                self.literals.add(one)
                 return ""
         return reason
 
