@@ -153,9 +153,9 @@ def describe_method(name: str) -> dict[str, Any]:
     }
 
 
-def _variants(kind: type[Method]) -> dict[str, type[Method]]:
+def _variants(kind: type[Named]) -> dict[str, type[Named]]:
     """Variants of a method by what makes them, ``OPTION=VALUE|VALUE``."""
-    values: dict[tuple[str, type[Method]], list[str]] = {}
+    values: dict[tuple[str, type[Named]], list[str]] = {}
     for (option, value), variant in kind.variants.items():
         values.setdefault((option, variant), []).append(value)
     return {f"{option}={'|'.join(each)}": variant for (option, variant), each in values.items()}
