@@ -27,7 +27,7 @@ from secateur.engine.request import make_request
 from secateur.engine.run import Run
 from secateur.errors import RequestError
 from secateur.methods.base import ZEROS
-from secateur.methods.registry import make_method, method_names
+from secateur.methods.registry import checkpoint_methods, make_method
 from secateur.plans import Plan
 
 Options = dict[str, Any]
@@ -210,7 +210,7 @@ def first_cell(family: str, method: str) -> Cell:
 
 def ci_cells() -> list[Cell]:
     """Every method x a few families; every family x {magnitude of the FFN, slicegpt}, where they are not refused."""
-    of = {m: [(_Frozen(o), layout) for o in rows(m, False) for layout in layouts(m)] for m in method_names()}
+    of = {m: [(_Frozen(o), layout) for o in rows(m, False) for layout in layouts(m)] for m in checkpoint_methods()}
     wide = {Cell(f, m, o, layout) for f in WIDE for m, cells in of.items() for o, layout in cells}
     basic = (("magnitude", _Frozen(spaces="ffn")), ("slicegpt", _Frozen()), ("fasp", _Frozen()))
     every = {Cell(f, m, o) for f in models.FAMILIES for m, o in basic}
@@ -248,7 +248,13 @@ _MORE = (
 
 def method_cells() -> list[Cell]:
     """Every method x the first families x all its options."""
-    return [Cell(f, m, _Frozen(o), s) for m in method_names() for f in FIRST for o in rows(m, True) for s in layouts(m)]
+    return [
+        Cell(f, m, _Frozen(o), s)
+        for m in checkpoint_methods()
+        for f in FIRST
+        for o in rows(m, True)
+        for s in layouts(m)
+    ]
 
 
 def family_cells() -> list[Cell]:
@@ -258,7 +264,7 @@ def family_cells() -> list[Cell]:
     found += [Cell(f, "magnitude", o, "per-layer") for f in models.ALL for o in ranked]
     found += [Cell(f, "slicegpt", _Frozen(), "per-layer") for f in models.ALL]
     found += [cell for f in models.ALL for cell in per_layer_cells(f) if not cell.options or f in HOMES]
-    others = {m: _Frozen(rows(m, False)[0]) for m in method_names() if m not in ("magnitude", "random")}
+    others = {m: _Frozen(rows(m, False)[0]) for m in checkpoint_methods() if m not in ("magnitude", "random")}
     found += [Cell(f, m, o, s) for f in models.ALL for m, o in others.items() for s in layouts(m)]
     found += [Cell(f, m, _Frozen(), "per-layer") for f in models.ALL for m in ("llm_pruner", "blockpruner")]
     return found

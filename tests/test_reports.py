@@ -19,7 +19,7 @@ from secateur.checkpoints import Checkpoint
 from secateur.engine.journal import work_folder
 from secateur.errors import InternalError
 from secateur.meters.counts import count_parts
-from secateur.methods.registry import method_names
+from secateur.methods.registry import checkpoint_methods
 from secateur.plans import Chart, Plan, points_of
 from secateur.reports.document import Charts, Document, Listing, Paragraph, Section, Table
 from secateur.reports.html import render_html
@@ -152,7 +152,7 @@ def test_blocks_that_went_are_drawn_as_gone(checkpoint: Checkpoints, tmp_path: P
 # -- charts of the methods -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", checkpoint_methods())
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_charts_are_bounded_and_survive_the_disk(
     name: str, family: str, checkpoint: Checkpoints, tmp_path: Path

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         families,
+        graph,
         inspect,
         load,
         methods,
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "export",
     "families",
+    "graph",
     "inspect",
     "load",
     "methods",
@@ -49,7 +51,7 @@ _API = frozenset(__all__) - {"SecateurError", "__version__"}
 
 
 class _Package(ModuleType):
-    """Two rooms, ``families`` and ``methods``, have the names of API functions: as attributes, the functions win."""
+    """Some rooms (``families``, ``graph``, ``methods``) have the names of API functions, which win as attributes."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _API and isinstance(value, ModuleType)):  # what an import of the room binds here

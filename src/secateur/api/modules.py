@@ -12,6 +12,7 @@ from torch import nn
 
 from secateur.checkpoints import Folder
 from secateur.checkpoints.loading import load_model
+from secateur.errors import refuse
 from secateur.families.stock import quiet_transformers
 
 Model = str | Path | nn.Module
@@ -61,6 +62,9 @@ def with_folders(
 
 def save_module(model: nn.Module, tokenizer: Any, folder: Path) -> Path:
     """Write a module (and its tokenizer, where there is one) as a checkpoint folder; the module stays as it is."""
+    if not hasattr(model, "config"):
+        hint = "for any other module give example_inputs=..., and method='spa'"
+        refuse("no-config", f"a module {type(model).__name__}", "it is none of transformers' models", hint)
     config: Any = model.config
     named = config.architectures
     with quiet_transformers():

@@ -5,14 +5,45 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from secateur.checkpoints import Checkpoint
 from secateur.engine.journal import locked, work_folder
 from secateur.engine.request import Request
 from secateur.errors import RequestError, refuse
 from secateur.meters.counts import count, nonzero
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
+
+    ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML, ``packed`` the bytes of
+    a packed output by the kind of storage, ``spearman`` the rank correlation of embeddings before and after.
+    """
+
+    method: str
+    requested: dict[str, Any]
+    achieved: dict[str, int]
+    perplexity: dict[str, Any] | None
+    seconds: float
+    peak_rss_bytes: int
+    output: str | None
+    layout: str
+    loads_in: dict[str, str]
+    seed: int
+    packed: dict[str, Any] | None = None
+    spearman: dict[str, Any] | None = None
+    recipe: str = field(default="", repr=False)
+    model: nn.Module | None = field(default=None, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        left_out = ("recipe", "model", *(key for key in ("packed", "spearman") if getattr(self, key) is None))
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 def require_output(request: Request, what: str) -> Path:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from secateur.api.channels import prune_module
 from secateur.api.modules import Model, with_folders
-from secateur.api.outputs import achieved_of, require_output, require_text, workplace
+from secateur.api.outputs import PruneResult, achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
 from secateur.engine.journal import work_folder
@@ -23,6 +21,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import LEARNED, Run, requested
+from secateur.graph.tape import Inputs
 from secateur.inference import open_checkpoint
 from secateur.meters.counts import count_parts, factored
 from secateur.meters.evaluate import Figures, evaluate_models
@@ -31,34 +30,6 @@ from secateur.meters.perplexity import Text, fits, load_stock, perplexity
 from secateur.meters.similarity import ScoredPairs, similarity
 from secateur.methods.base import ZEROS, worth
 from secateur.reports.prune import RECIPE, PruneFacts, write_card, write_report
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What ``prune`` did; ``as_dict`` gives the keys of the command's JSON object.
-
-    ``model`` is the pruned module when a module was passed in, ``recipe`` the request as YAML, ``packed`` the bytes of
-    a packed output by the kind of storage, ``spearman`` the rank correlation of embeddings before and after.
-    """
-
-    method: str
-    requested: dict[str, Any]
-    achieved: dict[str, int]
-    perplexity: dict[str, Any] | None
-    seconds: float
-    peak_rss_bytes: int
-    output: str | None
-    layout: str
-    loads_in: dict[str, str]
-    seed: int
-    packed: dict[str, Any] | None = None
-    spearman: dict[str, Any] | None = None
-    recipe: str = field(default="", repr=False)
-    model: nn.Module | None = field(default=None, repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        left_out = ("recipe", "model", *(key for key in ("packed", "spearman") if getattr(self, key) is None))
-        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 def prune(
@@ -70,6 +41,7 @@ def prune(
     data: str | Path | None = None,
     output: str | Path | None = None,
     tokenizer: Any = None,
+    example_inputs: Inputs | None = None,
     inplace: bool = False,
     recipe: str | Path | None = None,
     progress: Progress | None = None,
@@ -86,6 +58,9 @@ def prune(
         data: calibration text: file, folder, hub data set, token ids.
         output: folder to write; may be omitted for a module.
         tokenizer: of a module, needed when ``data`` or ``text`` is text.
+        example_inputs: of any other module: a tensor, positional arguments or arguments by name. What hangs together
+            is then found by running it, and the module itself is cut; nothing is written. The measures are ``params``
+            and ``flops`` of one run on these inputs, and only ``options``, ``seed`` and ``tolerance`` apply besides.
         inplace: change the module passed in.
         recipe: YAML file with the same options.
         progress: told what happens.
@@ -95,6 +70,9 @@ def prune(
         SecateurError: with what was asked, what was found and what to do; then ``output`` does not exist.
     """
     asked = {"model": model, "method": method, "ratio": ratio, "target": tuple(target), "data": data, "output": output}
+    if example_inputs is not None:
+        given = {key: value for key, value in asked.items() if key != "model" and value}
+        return prune_module(model, example_inputs, {**given, **more}, inplace)
     file = None if recipe is None else Path(recipe)
 
     def run(values: dict[str, Any], in_memory: frozenset[str]) -> PruneResult:

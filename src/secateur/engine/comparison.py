@@ -16,7 +16,7 @@ from secateur.engine.request import Request
 from secateur.errors import near, refuse
 from secateur.families import LAYOUTS, Layout
 from secateur.methods.base import Method
-from secateur.methods.registry import make_method, method_class, method_names
+from secateur.methods.registry import checkpoint_methods, make_method, method_class
 
 BASELINE: Final = "random"
 SEEDS: Final = 3  # of a method whose result depends on the seed
@@ -147,7 +147,7 @@ def _named(text: str) -> list[tuple[str, dict[str, Any]]]:
 def _members() -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Methods by group, and the variants that belong to another than their method, with the option that makes them."""
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name in method_names():
+    for name in checkpoint_methods():
         kind = method_class(name)
         found.setdefault(kind.group, []).append((name, {}))
         told = {kind}  # one that several values make is taken up with the first

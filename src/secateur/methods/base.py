@@ -173,19 +173,15 @@ class Study:
         return all_spaces(self.budget.sizes, kind)
 
 
-class Method(BaseModel):
-    """Base of every method; its fields are its options and their schema.
+class Named(BaseModel):
+    """What every method says of itself; its fields are its options and their schema.
 
     Class attributes:
         name, title, paper: identity and source.
         data: whether calibration text is needed; a property where an option decides it.
-        evidence: statistics of the dense model that the engine gathers for ``score``, by the names of
-            ``secateur.engine.taps``: ``stream``, ``influence``, ``ends``, ``routes``, ``ROLE.gram``, ``ROLE.moments``.
-        order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
-            (``sequential``).
         output: what kind of result it writes.
         group: which comparison takes it up (``compare --methods all-GROUP``); ``structured``: the result is a smaller
-            dense checkpoint.
+            dense checkpoint; ``graph``: it prunes any network by its graph.
         seeded: whether the result depends on the seed in more than the draw of calibration windows; a property where
             an option decides it.
         ours: set where the method or a variant is Secateur's own.
@@ -198,12 +194,24 @@ class Method(BaseModel):
     title: ClassVar[str]
     paper: ClassVar[str] = ""
     data: ClassVar[Literal["none", "text"]] = "none"
-    evidence: ClassVar[frozenset[str]] = frozenset()
-    order: ClassVar[Literal["dense", "sequential"]] = "dense"
     output: ClassVar[Output] = "dense"
     group: ClassVar[str] = "structured"
     seeded: ClassVar[bool] = False
-    variants: ClassVar[Mapping[tuple[str, str], type[Method]]] = {}
+    variants: ClassVar[Mapping[tuple[str, str], type[Named]]] = {}
+
+
+class Method(Named):
+    """Base of every method for checkpoints of language models.
+
+    Class attributes:
+        evidence: statistics of the dense model that the engine gathers for ``score``, by the names of
+            ``secateur.engine.taps``: ``stream``, ``influence``, ``ends``, ``routes``, ``ROLE.gram``, ``ROLE.moments``.
+        order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
+            (``sequential``).
+    """
+
+    evidence: ClassVar[frozenset[str]] = frozenset()
+    order: ClassVar[Literal["dense", "sequential"]] = "dense"
 
     sparsity: Fraction | None = Field(
         None, description="share of the units of the cut space to remove (the paper's own knob), instead of --ratio"

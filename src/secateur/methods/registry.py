@@ -7,12 +7,13 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Final
 
-from secateur.errors import RequestError, near, validated
+from secateur.errors import RequestError, near, refuse, validated
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from secateur.methods.base import Method
+    from secateur.methods.base import Method, Named
+    from secateur.methods.channels import GraphMethod
 
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
@@ -44,6 +45,7 @@ _OURS: Final = {
     "shortgpt": "secateur.methods.shortgpt:ShortGpt",
     "slicegpt": "secateur.methods.slicegpt:SliceGpt",
     "snip": "secateur.methods.snip:Snip",
+    "spa": "secateur.methods.spa:Spa",
     "sparsegpt": "secateur.methods.sparsegpt:SparseGpt",
     "stun": "secateur.methods.stun:Stun",
     "synflow": "secateur.methods.synflow:SynFlow",
@@ -51,6 +53,7 @@ _OURS: Final = {
 }
 DEFAULT_WITH_DATA: Final = "joint"
 DEFAULT_WITHOUT_DATA: Final = "prunenet"
+DEFAULT_ON_GRAPH: Final = "spa"
 
 
 def method_names() -> list[str]:
@@ -58,25 +61,64 @@ def method_names() -> list[str]:
     return sorted({*_OURS, *(entry.name for entry in entry_points(group=ENTRY_POINTS))})
 
 
-def method_class(name: str) -> type[Method]:
+def checkpoint_methods() -> list[str]:
+    """Names of the methods for checkpoints of language models, without those for modules."""
+    return [name for name in method_names() if method_class(name).group != "graph"]
+
+
+def method_class(name: str) -> type[Named]:
     """The class of a method; an unknown name is refused with near matches."""
     if name in _OURS:
         module, _, attribute = _OURS[name].partition(":")
-        found: type[Method] = getattr(import_module(module), attribute)
+        found: type[Named] = getattr(import_module(module), attribute)
         return found
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name == name:
-            loaded: type[Method] = entry.load()
+            loaded: type[Named] = entry.load()
             return loaded
     raise RequestError("unknown-method", f"method {name!r}", "there is no such method", near(name, method_names()))
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """A method with its options checked against its schema.
+    """A method for checkpoints with its options checked against its schema.
 
     Raises:
-        RequestError: unknown method, unknown option (near matches), or a value out of range.
+        RequestError: unknown method, one for modules, unknown option (near matches), or a value out of range.
     """
+    from secateur.methods.base import Method
+
+    made = _make(name, options)
+    if not isinstance(made, Method):
+        refuse(
+            "method-on-graphs",
+            f"method {name!r} on a checkpoint",
+            "it prunes modules",
+            f"call secateur.prune(module, method={name!r}, example_inputs=x)",
+        )
+    return made
+
+
+def make_graph_method(name: str, options: Mapping[str, Any]) -> GraphMethod:
+    """A method for modules with its options checked against its schema.
+
+    Raises:
+        RequestError: unknown method, one for checkpoints, unknown option (near matches), or a value out of range.
+    """
+    from secateur.methods.channels import GraphMethod
+
+    made = _make(name, options)
+    if not isinstance(made, GraphMethod):
+        known = ", ".join(each for each in method_names() if issubclass(method_class(each), GraphMethod))
+        refuse(
+            "method-on-checkpoints",
+            f"method {name!r} with example_inputs",
+            "it prunes checkpoints of language models",
+            f"for any module: {known}",
+        )
+    return made
+
+
+def _make(name: str, options: Mapping[str, Any]) -> Named:
     kind = method_class(name)
     for (option, value), variant in kind.variants.items():
         if options.get(option) == value:
@@ -111,9 +153,9 @@ def describe_method(name: str) -> dict[str, Any]:
     }
 
 
-def _variants(kind: type[Method]) -> dict[str, type[Method]]:
+def _variants(kind: type[Named]) -> dict[str, type[Named]]:
     """Variants of a method by what makes them, ``OPTION=VALUE|VALUE``."""
-    values: dict[tuple[str, type[Method]], list[str]] = {}
+    values: dict[tuple[str, type[Named]], list[str]] = {}
     for (option, value), variant in kind.variants.items():
         values.setdefault((option, variant), []).append(value)
     return {f"{option}={'|'.join(each)}": variant for (option, variant), each in values.items()}

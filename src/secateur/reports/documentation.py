@@ -15,7 +15,7 @@ from secateur.deltas.options import METHODS, DeltaMethod, Searched
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
-from secateur.methods.registry import describe_method, describe_options, method_names
+from secateur.methods.registry import checkpoint_methods, describe_method, describe_options, method_names
 from secateur.reports.markdown import table
 from secateur.spaces import KINDS
 from secateur.training.options import Training
@@ -140,11 +140,13 @@ def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
         root / "docs" / "recover.md": {"options": training_table},
         root / "docs" / "methods" / "darex.md": {"options": delta_table},
     }
+    compared = checkpoint_methods()
     for name in method_names():
         page = root / "docs" / "methods" / f"{name}.md"
         if page.is_file():
-            results = root / "docs" / "results"
-            found[page] = {"options": partial(options_table, name), "compared": partial(compared_table, name, results)}
+            found[page] = {"options": partial(options_table, name)}
+            if name in compared:
+                found[page]["compared"] = partial(compared_table, name, root / "docs" / "results")
     return found
 
 

@@ -1,0 +1,162 @@
+"""``prune`` and ``graph`` for any module: spaces from one run, cuts verified against masks."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from secateur.api.outputs import PruneResult
+from secateur.budgets import Target, parse_target, ratio_target
+from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
+from secateur.errors import InternalError, refuse, validated
+from secateur.graph.edit import cut
+from secateur.graph.spaces import ChannelSpace, Graph, build
+from secateur.graph.state import tensor_at
+from secateur.graph.tape import Inputs, record
+from secateur.graph.verify import Verdict, faults, verify
+from secateur.meters.memory import MemoryWatch
+from secateur.methods.channels import ChannelStudy, GraphMethod
+from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
+
+_PARTS = ("graph", "verify", "choose", "cut")
+
+
+class ModuleRequest(BaseModel):
+    """What a prune of a module can be asked, in the words of a prune of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = DEFAULT_ON_GRAPH
+    ratio: float | None = None
+    target: tuple[str, ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0)
+    tolerance: float = Field(0.02, ge=0)
+
+    @property
+    def wanted(self) -> Target:
+        """The one target."""
+        found = [*([] if self.ratio is None else [ratio_target(self.ratio)]), *map(parse_target, self.target)]
+        if len(found) != 1:
+            hint = "give ratio=0.5, or target=['flops=50%']"
+            refuse("no-target", "a prune of a module", f"{len(found)} targets", hint)
+        return found[0]
+
+
+@dataclass(frozen=True)
+class ModuleResult(PruneResult):
+    """What ``prune`` did to a module.
+
+    Attributes:
+        removed: units that went, by the name of their space.
+        refused: spaces that were not cut because cutting was found unsound or not allowed, with the reasons.
+        parts: seconds by part: graph, verify, choose, cut.
+    """
+
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def graph(module: nn.Module, example_inputs: Inputs) -> Graph:
+    """The coupled channels of a module.
+
+    Args:
+        module: any module; it is not touched.
+        example_inputs: a tensor, positional arguments, or arguments by name. Axes of the inputs and outputs stay.
+    """
+    return build(record(module, example_inputs))
+
+
+def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any], inplace: bool = False) -> ModuleResult:
+    """Cut a module; see :func:`secateur.prune`.
+
+    Args:
+        module: any module; changed only with ``inplace``.
+        example_inputs: what it is run on.
+        values: fields of :class:`ModuleRequest`.
+        inplace: cut this very module.
+
+    Raises:
+        RequestError: what is asked for is no module, unknown or impossible.
+        InternalError: the cut module would not compute what the uncut one does with the same channels silenced.
+    """
+    if not isinstance(module, nn.Module):
+        refuse(
+            "no-module", "example_inputs", f"the model is {type(module).__name__}, no module", "pass the module itself"
+        )
+    request = validated(ModuleRequest, values, "a prune of a module")
+    method, wanted = make_graph_method(request.method, request.options), request.wanted
+    clock = [time.perf_counter()]
+    with MemoryWatch() as memory:
+        found = graph(module, example_inputs)
+        clock.append(time.perf_counter())
+        verdict, bench = verify(found, module, example_inputs, request.seed)
+        clock.append(time.perf_counter())
+        spaces, refused = _allowed(found, verdict, method)
+        generator = torch.Generator().manual_seed(request.seed)
+        scores = method.score(ChannelStudy(found, spaces, partial(tensor_at, module), generator))
+        ranking, floor, quantum = method.ranking, method.floor, method.quantum
+        while True:
+            units = choose(found, scores, wanted, ranking, floor, quantum, request.tolerance)
+            gone = found.gone(units)
+            reason, _ = bench.compare(gone, verdict.literals)
+            if not reason:
+                break
+            bad = faults(found, bench, units, verdict.literals)
+            if not bad:
+                raise InternalError(
+                    "cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed"
+                )
+            refused |= bad
+            scores = {name: values for name, values in scores.items() if name not in bad}
+        clock.append(time.perf_counter())
+        result = module if inplace else copy.deepcopy(module)
+        cut(result, found, gone, verdict.literals)
+        clock.append(time.perf_counter())
+    return ModuleResult(
+        method=method.name,
+        requested={"target": str(wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
+        achieved=_achieved(found, units),
+        perplexity=None,
+        seconds=round(clock[-1] - clock[0], 3),
+        peak_rss_bytes=memory.peak,
+        output=None,
+        layout="module",
+        loads_in={},
+        seed=request.seed,
+        model=result,
+        removed=units,
+        refused=refused,
+        parts={part: end - start for part, (start, end) in zip(_PARTS, pairwise(clock), strict=True)},
+    )
+
+
+def _allowed(found: Graph, verdict: Verdict, method: GraphMethod) -> tuple[list[ChannelSpace], dict[str, str]]:
+    """Spaces that may be cut, and why the others may not."""
+    spaces, refused = [], dict(verdict.refused)
+    for space in map(found.space, verdict.sound):
+        if space.flags and method.statistics == "keep":
+            refused[space.name] = f"a statistic over it would change ({space.flags[0]}); statistics=change allows that"
+        else:
+            spaces.append(space)
+    return spaces, refused
+
+
+def _achieved(found: Graph, units: Units) -> dict[str, int]:
+    before, after = found.gone({}), found.gone(units)
+    return {
+        "params": found.costs.params(after),
+        "params_before": found.costs.params(before),
+        "flops": FLOPS_PER_MAC * found.costs.macs(after),
+        "flops_before": FLOPS_PER_MAC * found.costs.macs(before),
+    }

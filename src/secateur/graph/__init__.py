@@ -1,0 +1,1 @@
+"""Which channels of any network must go together, and cutting them."""

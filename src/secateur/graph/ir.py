@@ -1,0 +1,65 @@
+"""A network as operations on values, in words that belong to no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["parameter", "buffer", "input", "constant", "made"]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor.
+
+    Attributes:
+        shape: its sizes in the example run.
+        kind: where it comes from; a ``constant`` is a tensor that no name reaches.
+        name: of a parameter or buffer, as in the state dict.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind = "made"
+    name: str = ""
+
+    @property
+    def is_state(self) -> bool:
+        return self.kind in ("parameter", "buffer")
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One step: an operator of :mod:`secateur.graph.rules`, or one without a rule under its own name.
+
+    Attributes:
+        op: name of the operator.
+        inputs: its tensors by the names that the rule knows; lists of tensors under ``tensors``.
+        outputs: what it makes.
+        attrs: everything else that the rule needs.
+        place: path of the module it stands in.
+        source: what the front end calls it.
+    """
+
+    op: str
+    inputs: Mapping[str, Value]
+    outputs: tuple[Value, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    source: str = ""
+
+
+@dataclass
+class Network:
+    """Operations in the order of the run.
+
+    Attributes:
+        state: parameters and buffers that the run reads, by name.
+        aliases: further names of one and the same tensor, by the name used here.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    state: dict[str, Value] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)

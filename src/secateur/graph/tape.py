@@ -1,0 +1,130 @@
+"""A module as a network: the operators of one run, recorded as they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from secateur.graph.aten import read
+from secateur.graph.ir import Network, Value
+from secateur.graph.state import read_state, restored
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""Example inputs: one tensor, positional arguments, or arguments by name."""
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of a call."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
+
+
+def call(module: nn.Module, inputs: Inputs) -> Any:
+    """The module's output."""
+    args, kwargs = arguments(inputs)
+    return module(*args, **kwargs)
+
+
+def record(module: nn.Module, inputs: Inputs) -> Network:
+    """Run a module once, as at evaluation, and write down what it does.
+
+    In inference mode composite operators (linear, reshape, attention) are called whole, so the words are those of
+    ``torch.export`` before decomposition. Afterwards the module is as it was.
+    """
+    network = Network()
+    tape = _Tape(network, read_state(module, network), {id(m): name for name, m in module.named_modules()})
+    args, kwargs = arguments(inputs)
+    with restored(module), torch.inference_mode(), _plain_attention(), tape.following():
+        module.eval()
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        network.inputs = [tape.value(leaf, "input") for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)]
+        with tape:
+            result = module(*args, **kwargs)
+        network.outputs = [tape.value(leaf) for leaf in tree_flatten(result)[0] if _is_tensor(leaf)]
+    return network
+
+
+class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operator that is called while it is active."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it costs more than a small operator
+
+    def __init__(self, network: Network, state: Mapping[int, Value], paths: Mapping[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._network, self._state, self._paths = network, state, paths
+        self._values: Any = WeakIdKeyDictionary()
+        self._places = [""]
+
+    def value(self, tensor: Tensor, kind: Any = "constant") -> Value:
+        """The value that a tensor is."""
+        known = self._state.get(id(tensor)) or self._values.get(tensor)
+        if known is None:
+            known = self._values[tensor] = Value(tuple(tensor.shape), kind)
+        assert isinstance(known, Value)
+        return known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        seen_args, seen_kwargs = self._read((args, kwargs))
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
+        if made:
+            outputs = [Value(tuple(tensor.shape)) for tensor in made]
+            self._network.operations.append(read(func, seen_args, seen_kwargs, outputs, self._places[-1]))
+            for tensor, value in zip(made, outputs, strict=True):
+                if id(tensor) not in self._state:
+                    self._values[tensor] = value
+        return result
+
+    def _read(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self.value(item)
+        if isinstance(item, list | tuple):
+            return [self._read(part) for part in item]
+        return {key: self._read(part) for key, part in item.items()} if isinstance(item, dict) else item
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Know at every moment which module runs."""
+
+        def enter(module: nn.Module, _: Any) -> None:
+            self._places.append(self._paths.get(id(module), self._places[-1]))
+
+        def leave(*_: Any) -> None:
+            self._places.pop()
+
+        handles = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """``nn.MultiheadAttention`` as the operators that it is, not as one fused call."""
+    before: bool = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
