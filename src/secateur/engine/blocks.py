@@ -32,6 +32,12 @@ def fed(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids} if there.all() else {"input_ids": ids.clamp(min=0), "attention_mask": there.long()}
 
 
+def given_by(output: Any) -> Tensor:
+    """Logits, or the last signal of a model without a head; a loss that balances experts may stand before them."""
+    found: Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+    return found
+
+
 class _Captured(Exception):  # noqa: N818  (a signal, not an error)
     """Raised once the last block's arguments are known."""
 
@@ -184,8 +190,7 @@ class BlockRunner:
 
     def _whole(self, ids: Tensor, head: bool) -> Tensor:
         model = self.model if head else self.model.base_model
-        result: Tensor = model(**fed(ids.to(self.device)), use_cache=False)[0]
-        return result
+        return given_by(model(**fed(ids.to(self.device)), use_cache=False))
 
     @contextmanager
     def _blocks_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint, Folder, TensorWriter
 from secateur.checkpoints.loading import load_model
 from secateur.cuts import cut_place
-from secateur.engine.blocks import BlockRunner
+from secateur.engine.blocks import BlockRunner, given_by
 from secateur.engine.prepare import context_of
 from secateur.errors import InternalError
 from secateur.families import Architecture
@@ -96,5 +96,5 @@ def _check_whole(written: Checkpoint, runner: BlockRunner, ids: Tensor, dtype: t
     for block in range(len(runner.blocks)):
         hidden = runner.replay(block, written.read(block), hidden, calls[block])
     with torch.no_grad():
-        found = model.eval()(input_ids=ids, use_cache=False)[0]
+        found = given_by(model.eval()(input_ids=ids, use_cache=False))
     _require_close("the whole model", runner.outputs(ids, hidden), found)

@@ -20,7 +20,7 @@ from secateur.checkpoints.embedding import MODULES
 from secateur.data.pairs import encoded
 from secateur.data.sources import json_lines
 from secateur.data.windows import PADDING, load_tokenizer
-from secateur.engine.blocks import fed
+from secateur.engine.blocks import fed, given_by
 from secateur.engine.objectives import pooled
 from secateur.engine.prepare import longest_text
 from secateur.errors import refuse
@@ -85,7 +85,7 @@ def embeddings(checkpoint: Checkpoint, texts: list[str], model: Any, device: tor
     batches: list[Tensor] = []
     for start in range(0, len(order), _BATCH):
         ids = encoded(tokenizer, [texts[i] for i in order[start : start + _BATCH]], length)
-        signals = model.base_model(**fed(ids.to(device)), use_cache=False)[0]
+        signals = given_by(model.base_model(**fed(ids.to(device)), use_cache=False))
         batches.append(functional.normalize(pooled(signals, ids != PADDING, embedding.pooling), dim=-1))
     back = torch.tensor(order).argsort()
     return torch.cat(batches)[back.to(device)]
