@@ -32,7 +32,7 @@ from secateur.errors import RequestError
 from secateur.families import Architecture
 from secateur.families.limits import LAYOUTS, verdict
 from secateur.meters.similarity import ScoredPairs, embeddings, spearman
-from secateur.methods.registry import method_names
+from secateur.methods.registry import checkpoint_methods
 
 DOUBLE, CPU = torch.float64, torch.device("cpu")
 POOLINGS = {"": "mean", "mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
@@ -236,7 +236,7 @@ NOT_FOR_ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", checkpoint_methods())
 def test_every_method_works_or_says_why_not(method: str, bert: Path, texts: dict[str, Path], tmp_path: Path) -> None:
     row = grid.METHODS[method]
     layout = "per-layer" if row.not_native else "native"
