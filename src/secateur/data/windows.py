@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,17 +51,21 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     from secateur.families.stock import quiet_transformers
 
+    hint = "add tokenizer.json, or give token ids as .npy"
+    asked = f"tokenizer of {str(folder)!r}"
+    with _refusing("no-tokenizer", asked, "the folder has no usable one", hint), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _refusing(code: str, asked: str, found: str, hint: str = "") -> Iterator[None]:
+    """Whatever a tokenizer raises becomes a refusal: templates raise many kinds, and a panic is no Exception."""
     try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # missing files surface as many kinds
-        message = " ".join(str(error).split())[:200]
-        refuse(
-            "no-tokenizer",
-            f"tokenizer of {str(folder)!r}",
-            f"the folder has no usable one ({message})",
-            "add tokenizer.json, or give token ids as .npy",
-        )
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        refuse(code, asked, f"{found} ({' '.join(str(error).split())[:200]})", hint)
 
 
 def encode(tokenizer: Any, document: Document) -> np.ndarray:
@@ -72,17 +78,12 @@ def encode(tokenizer: Any, document: Document) -> np.ndarray:
         return document
     if isinstance(document, list) and not getattr(tokenizer, "chat_template", None):
         refuse("no-chat-template", "chat messages in the data", "the model's tokenizer has no chat template")
-    try:
+    with _refusing("bad-document", f"encoding {str(document)[:60]!r}", "the model's tokenizer cannot take it"):
         if isinstance(document, list):
             ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
         else:
             ids = tokenizer(document, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # templates raise many kinds, and a panic of the tokenizers' Rust is no Exception
-        message = " ".join(str(error).split())[:200]
-        refuse("bad-document", f"encoding {str(document)[:60]!r}", f"the model's tokenizer cannot take it ({message})")
 
 
 def _bytes_of(document: Document) -> bytes:
