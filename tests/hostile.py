@@ -36,6 +36,8 @@ from secateur.inference.opening import family_text, read_family
 
 Mutation = Callable[[bytes, Random], bytes]
 
+OUTPUT = "out"
+"""What a target writes, if anything, beside its files."""
 VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -229,7 +231,6 @@ class Target:
         file: the one that is made bad, by its path in that folder.
         read: reads it; given the folder.
         share: of the cases of a long run.
-        writes: name of what it writes there, if anything.
     """
 
     make: Callable[[Path], object]
@@ -237,7 +238,6 @@ class Target:
     mutate: Mutation
     read: Callable[[Path], object]
     share: float = 1.0
-    writes: str = "out"
 
 
 def _model(folder: Path) -> Path:
@@ -442,7 +442,7 @@ class Sandbox:
             Exception: whatever else came out of it.
         """
         self.file.write_bytes(self.target.mutate(self.good, random))
-        output = self.folder / self.target.writes
+        output = self.folder / OUTPUT
         outcome, said = "read", ("", "")
         try:
             self.target.read(self.folder)
@@ -457,6 +457,6 @@ class Sandbox:
 
     def restore(self) -> None:
         """Everything as it was, for the next case."""
-        shutil.rmtree(self.folder / self.target.writes, ignore_errors=True)
+        shutil.rmtree(self.folder / OUTPUT, ignore_errors=True)
         self.file.write_bytes(self.good)
         self.before = self._listing()

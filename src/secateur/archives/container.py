@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, NoReturn
@@ -34,7 +35,8 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-DtypeName = Annotated[str, AfterValidator(_known)]
+Weight = tuple[str, str, Annotated[str, AfterValidator(_known)], tuple[NonNegativeInt, ...]]
+"""Name, file, data type and shape of a tensor of a folder to come."""
 
 
 class Header(BaseModel):
@@ -54,7 +56,7 @@ class Header(BaseModel):
     form: Form
     clear: dict[str, str]
     files: list[tuple[str, NonNegativeInt]]
-    weights: list[tuple[str, str, DtypeName, tuple[NonNegativeInt, ...]]]
+    weights: list[Weight]
     content: str
     saved: list[dict[str, int | str]]
 
@@ -96,20 +98,28 @@ class Archive:
             header = Header.model_validate(raw)
         except (ValueError, ValidationError) as error:
             _damaged(path, f"its header is not understood ({str(error).splitlines()[0]})")
-        weights = {file for _, file, _, _ in header.weights}
-        names = [*header.clear, *(name for name, _ in header.files), *weights]
-        for name in names:
-            if not inside(name):
-                _damaged(path, f"the file name {name[:99]!r} leaves the folder")
-        folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-        if len(set(names)) < len(names) or folders.intersection(names) or not all(map(plain_file_name, weights)):
-            _damaged(path, "its files cannot lie beside each other")
+        problem = misplaced([*header.clear, *(name for name, _ in header.files)], header.weights)
+        if problem:
+            _damaged(path, problem)
         return cls(header, np.frombuffer(data[start:end], "<u4").astype(np.uint32))
 
 
-def inside(name: str) -> bool:
-    """Whether a path is one of a file in its folder."""
-    return all(map(can_name, name.split("/")))
+def misplaced(companions: Sequence[str], weights: Sequence[Weight]) -> str:
+    """Why the files that an archive names cannot lie in one folder; empty where they can.
+
+    Args:
+        companions: paths of the files beside the weights.
+        weights: tensors, with the files that they lie in.
+    """
+    stored = {file for _, file, _, _ in weights}
+    names = [*companions, *stored]
+    outside = next((name for name in names if not all(map(can_name, name.split("/")))), None)
+    if outside is not None:
+        return f"the file name {outside[:99]!r} leaves the folder"
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if len(set(names)) < len(names) or folders.intersection(names) or not all(map(plain_file_name, stored)):
+        return "its files cannot lie beside each other"
+    return ""
 
 
 def _damaged(path: Path, found: str) -> NoReturn:

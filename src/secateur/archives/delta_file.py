@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.archives.container import inside
+from secateur.archives.container import Weight, misplaced
 from secateur.checkpoints.folder import DTYPES
 from secateur.errors import refuse
 
@@ -99,7 +99,7 @@ class DeltaHeader(BaseModel):
     options: dict[str, Any]
     base: dict[str, str]
     untied: bool
-    weights: list[tuple[str, str, str, tuple[NonNegativeInt, ...]]] | None
+    weights: list[Weight] | None
     pruned: dict[str, Sparse]
     adapters: dict[str, tuple[float, NonNegativeInt]]
     rows: dict[str, Rows]
@@ -179,9 +179,9 @@ class DeltaFile:
             refuse("no-delta", f"delta {str(path)!r}", "there is no such file", "secateur delta pack writes one")
         with path.open("rb") as handle:
             self.header = self._read(handle)
-        for name in (*self.header.files, *(weight[1] for weight in self.header.weights or ())):
-            if not inside(name):
-                self.damaged(f"the file name {name!r} leaves the folder")
+        problem = misplaced(list(self.header.files), self.header.weights or ())
+        if problem:
+            self.damaged(problem)
 
     def _read(self, handle: IO[bytes]) -> DeltaHeader:
         start = handle.read(8)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.sources import json_lines, source_files
-from secateur.data.windows import PADDING, Windows, load_tokenizer
+from secateur.data.windows import PADDING, Windows, load_tokenizer, refusing
 from secateur.errors import refuse
 
 TOGETHER: Final = 8
@@ -108,7 +108,8 @@ def paired_texts(
 
 def encoded(tokenizer: Any, texts: list[str], length: int) -> Tensor:
     """Token ids of texts, cut at ``length``, [texts, longest], filled up with ``PADDING`` at the right."""
-    rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    with refusing("bad-document", f"encoding {texts[0][:60]!r} and others", "the model's tokenizer cannot take them"):
+        rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
     ids = torch.full((len(rows), max(map(len, rows))), PADDING, dtype=torch.int64)
     for row, found in zip(ids, rows, strict=True):
         row[: len(found)] = torch.tensor(found)

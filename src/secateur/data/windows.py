@@ -53,12 +53,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     hint = "add tokenizer.json, or give token ids as .npy"
     asked = f"tokenizer of {str(folder)!r}"
-    with _refusing("no-tokenizer", asked, "the folder has no usable one", hint), quiet_transformers():
+    with refusing("no-tokenizer", asked, "the folder has no usable one", hint), quiet_transformers():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 @contextmanager
-def _refusing(code: str, asked: str, found: str, hint: str = "") -> Iterator[None]:
+def refusing(code: str, asked: str, found: str, hint: str = "") -> Iterator[None]:
     """Whatever a tokenizer raises becomes a refusal: templates raise many kinds, and a panic is no Exception."""
     try:
         yield
@@ -78,7 +78,7 @@ def encode(tokenizer: Any, document: Document) -> np.ndarray:
         return document
     if isinstance(document, list) and not getattr(tokenizer, "chat_template", None):
         refuse("no-chat-template", "chat messages in the data", "the model's tokenizer has no chat template")
-    with _refusing("bad-document", f"encoding {str(document)[:60]!r}", "the model's tokenizer cannot take it"):
+    with refusing("bad-document", f"encoding {str(document)[:60]!r}", "the model's tokenizer cannot take it"):
         if isinstance(document, list):
             ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
         else:

@@ -152,9 +152,7 @@ class _Statistics(TorchFunctionMode):
         index = self._stays.get(id(weight))
         if index is None or weight is None:
             return functional.layer_norm(x, shape, weight, bias, eps)
-        part = x[..., index]
-        centred = part - part.mean(-1, keepdim=True)
-        out = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight[index]
+        out = _standardised(x[..., index], eps) * weight[index]
         return torch.zeros_like(x).index_copy(x.ndim - 1, index, out if bias is None else out + bias[index])
 
     def _group_norm(
@@ -167,13 +165,16 @@ class _Statistics(TorchFunctionMode):
         for group in range(groups):
             own = index[(index // width) == group]
             if len(own):
-                part = x[:, own].flatten(1)
-                centred = part - part.mean(1, keepdim=True)
-                scaled = centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
-                shape = (1, -1) + (1,) * (x.ndim - 2)
-                value = scaled.reshape(x[:, own].shape) * weight[own].view(shape)
+                part, shape = x[:, own], (1, -1) + (1,) * (x.ndim - 2)
+                value = _standardised(part.flatten(1), eps).reshape(part.shape) * weight[own].view(shape)
                 out[:, own] = value if bias is None else value + bias[own].view(shape)
         return out
+
+
+def _standardised(x: Tensor, eps: float) -> Tensor:
+    """Mean 0 and variance 1 along the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[Verdict, Bench]:

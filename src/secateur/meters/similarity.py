@@ -69,7 +69,7 @@ def similarity(checkpoint: Checkpoint, pairs: ScoredPairs, model: torch.nn.Modul
     Raises:
         RequestError: the model makes no embeddings.
     """
-    one, other = (embeddings(checkpoint, list(texts), model, device) for texts in (pairs.first, pairs.second))
+    one, other = embeddings(checkpoint, [*pairs.first, *pairs.second], model, device).chunk(2)
     return spearman((one * other).sum(1).cpu().numpy(), np.asarray(pairs.scores))
 
 
