@@ -139,7 +139,7 @@ class MendSweep:
         if block in self._done:
             place = place_name(block)
             made = Mend(edits=self._edits.of(place), masks=self._masks.of(place))
-            walk.run(dense if self.method.order == "dense" else _mended(dense, made))
+            walk.leave(dense if self.method.order == "dense" else _mended(dense, made), bool(self.method.stem_mends))
             return
         if self.method.order == "dense":
             taps = Taps(walk.runner, block, frozenset().union(*self.method.mends))
@@ -155,7 +155,7 @@ class MendSweep:
             walk.run(_mended(dense, mend), taps, advance=False, keep=not self.method.rewrites)
             evidence = {**taps.evidence(), **(self._fisher_of(block) if FISHER in wanted else {})}
             mend = self._stage(block, dense, evidence, plan, stage, mend)
-        walk.run(_mended(dense, self._finish(block, mend)))
+        walk.leave(_mended(dense, self._finish(block, mend)), bool(self.method.stem_mends))
 
     def _stage(
         self,

@@ -96,8 +96,8 @@ class Taps:
         return [*chain.from_iterable((*self._at_norms.values(), *self._inputs.values())), *routes, self.pairs]
 
     @property
-    def single(self) -> bool:
-        """Whether the inputs of one module are all that is looked at."""
+    def of_modules(self) -> bool:
+        """Whether the inputs of modules are all that is looked at."""
         others = (
             any(self._at_norms.values()),
             self._stacked,
@@ -106,28 +106,35 @@ class Taps:
             self._ends is not None,
             self.pairs.wanted,
         )
-        return len(self._modules) == 1 and not any(others)
+        return bool(self._modules) and not any(others)
 
     @contextmanager
     def open(self, stop: bool = False, there: Tensor | None = None) -> Iterator[None]:
         """Gather from every call of the block inside.
 
         Args:
-            stop: raise ``Enough`` at the module of a single tap.
+            stop: raise ``Enough`` once every tapped module was called, which a block does once.
             there: where the windows have tokens, if some are shorter than others.
         """
         if there is not None and (self._stacked or self._routes is not None):
             found = "its texts differ in length, and what experts see of them is not told apart from nothing"
             refuse("experts", "statistics of a model with experts", found, "texts of one length")
+        left = set(self._modules)
+
+        def enough(key: str) -> None:
+            left.discard(key)
+            if stop and not left:
+                raise Enough
+
         with ExitStack() as stack:
             for role, collectors in self._at_norms.items():
                 norm = self._runner.norm_on_stream(role, self._block)
                 for collector in collectors:
                     stack.enter_context(_fed(norm, collector.add, there))
             for key, module in self._modules.items():
-                for collector in self._inputs[key][:-1]:
+                for collector in self._inputs[key]:
                     stack.enter_context(_fed(module, collector.add, there))
-                stack.enter_context(_fed(module, self._inputs[key][-1].add, there, stop))
+                stack.callback(module.register_forward_pre_hook(lambda *_, key=key: enough(key)).remove)
             if self._routes is not None:
                 router = self._runner.model.get_submodule(self._architecture.module_of("router", self._block))
                 stack.callback(router.register_forward_hook(self._see_routes).remove)
@@ -189,11 +196,9 @@ class Taps:
 
 
 @contextmanager
-def _fed(module: nn.Module, take: Callable[[Tensor], None], there: Tensor | None, stop: bool = False) -> Iterator[None]:
+def _fed(module: nn.Module, take: Callable[[Tensor], None], there: Tensor | None) -> Iterator[None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         take(real(inputs[0], there))
-        if stop:
-            raise Enough
 
     handle = module.register_forward_pre_hook(hook)
     try:

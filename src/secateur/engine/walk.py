@@ -77,7 +77,7 @@ class Walk:
         if beside is not None:
             beside._load(beside.checkpoint.read(self.block), seen)
         keep = keep and not advance
-        stops = not advance and beside is None and taps is not None and taps.single
+        stops = not advance and beside is None and taps is not None and taps.of_modules
         for shard in self.activations.shards:
             for batch in shard:
                 there = None if taps is None else self.activations.there(batch)
@@ -122,6 +122,13 @@ class Walk:
         if self.beside is not None:
             self.beside.run(self.beside.checkpoint.read(self.block))
         self.block += 1
+
+    def leave(self, tensors: Mapping[str, Tensor], looked_at: bool) -> None:
+        """Go on behind the present block; behind the last one only if somebody looks at what it gives."""
+        if looked_at or self.block + 1 < len(self.runner.blocks):
+            self.run(tensors)
+        else:
+            self.block += 1
 
     def run_batch(self, batch: slice) -> Tensor:
         """Run the loaded block on some windows."""
