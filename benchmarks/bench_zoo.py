@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from common import HERE, Goal, Result, conditions, parser, record
 from secateur.api.channels import graph, prune_module
 from secateur.errors import SecateurError
+from secateur.graph.modules import ModuleBench, silenced
 from secateur.graph.state import tensor_at
-from secateur.graph.verify import Bench, relative_difference, silenced
+from secateur.graph.verify import relative_difference
 
 MODELS = (HERE / "zoo_models.txt").read_text(encoding="utf-8").split()
 RATIO = 0.5
@@ -106,7 +107,7 @@ def ours(name: str) -> dict[str, Any]:
 
 def stirred(model: nn.Module, image: Tensor) -> nn.Module:
     """A copy in float64 in which no value of a parameter occurs twice."""
-    return Bench(model, graph(model, image), image).copy
+    return ModuleBench(model, graph(model, image), image).copy
 
 
 @torch.no_grad()

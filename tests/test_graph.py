@@ -14,10 +14,11 @@ from graph_nets import NETS, Literal, Sliced, Transformer, net
 from secateur import SecateurError
 from secateur.api.channels import prune_module
 from secateur.graph.exported import from_program
+from secateur.graph.modules import ModuleBench
 from secateur.graph.spaces import ChannelSpace, Graph, build
 from secateur.graph.state import tensor_at
 from secateur.graph.tape import record
-from secateur.graph.verify import Bench, relative_difference, verify
+from secateur.graph.verify import relative_difference, verify
 
 UNSOUND = {
     "shuffled": {"first+4"},  # groups of a channel shuffle, whose number stands in the code
@@ -44,7 +45,8 @@ def test_every_space_is_cut_right_or_refused(name: str) -> None:
     """All units, one by one: the cut network computes what the silenced one does, in float64."""
     module, inputs = net(name)
     graph = found_in(module, inputs)
-    verdict, bench = verify(graph, module, inputs)
+    bench = ModuleBench(module, graph, inputs)
+    verdict = verify(bench)
     assert set(verdict.refused) == UNSOUND.get(name, set())
     assert set(verdict.sound) == {space.name for space in graph.spaces} - set(verdict.refused)
     for space in map(graph.space, verdict.sound):
@@ -52,7 +54,7 @@ def test_every_space_is_cut_right_or_refused(name: str) -> None:
             assert bench.compare(unit(graph, space, number), verdict.literals)[0] == "", (space.name, number)
 
 
-def dead(bench: Bench, keys: set[tuple[str, int]], inputs: Tensor) -> set[tuple[str, int, int]]:
+def dead(bench: ModuleBench, keys: set[tuple[str, int]], inputs: Tensor) -> set[tuple[str, int, int]]:
     """Brute force: slices of a silenced network that can be changed at will without changing what it computes."""
     found = set()
     before = bench.copy(inputs)
@@ -74,7 +76,8 @@ def test_coupled_readers_are_exactly_those_that_brute_force_finds(name: str) -> 
     """With the makers of a unit silenced, the readers that no longer matter are those that the graph names."""
     module, inputs = net(name)
     graph = found_in(module, inputs)
-    verdict, bench = verify(graph, module, inputs)
+    bench = ModuleBench(module, graph, inputs)
+    verdict = verify(bench)
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     reads = {(e.name, e.dim) for s in graph.spaces for e in s.entries if e.roles == {"consumer"}}
     always = dead(bench, reads, inputs)  # behind a ReLU that is never open on these inputs
@@ -97,7 +100,7 @@ def test_costs_are_those_of_the_cut_module(name: str) -> None:
     """Parameters to the last one, shared ones once."""
     module, inputs = net(name)
     graph = found_in(module, inputs)
-    verdict, _ = verify(graph, module, inputs)
+    verdict = verify(ModuleBench(module, graph, inputs))
     spaces = [graph.space(each) for each in verdict.sound if graph.space(each).size > 2]
     before = sum(p.numel() for p in module.parameters())
     assert graph.parameters() == before

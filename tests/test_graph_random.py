@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.api.channels import graph, prune_module
+from secateur.graph.modules import ModuleBench
 from secateur.graph.verify import verify
 
 STEPS = (
@@ -104,7 +105,7 @@ def test_random_networks(program: list[tuple[str, int, int]], seed: int) -> None
     module, inputs = Random(program).eval(), torch.randn(2, 3, 4, 4)
     found = graph(module, inputs)
     assert not found.unknown
-    verdict, _ = verify(found, module, inputs, seed)
+    verdict = verify(ModuleBench(module, found, inputs, seed), seed)
     values = {"ratio": 0.3, "tolerance": 1.0, "seed": seed, "options": {"statistics": "change", "score_by": "random"}}
     result = prune_module(module, inputs, values)  # an InternalError where the cut computes something else
     assert set(result.refused) <= set(verdict.refused) | set(result.removed) | {space.name for space in found.spaces}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +16,10 @@ from secateur.api.outputs import PruneResult
 from secateur.budgets import Target, parse_target, ratio_target
 from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
 from secateur.errors import InternalError, refuse, validated
-from secateur.graph.edit import cut
+from secateur.graph.host import Batch
+from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import ChannelSpace, Graph, build
-from secateur.graph.state import tensor_at
-from secateur.graph.tape import Inputs, record
+from secateur.graph.tape import record
 from secateur.graph.verify import Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
 from secateur.methods.channels import ChannelStudy, GraphMethod
@@ -67,7 +65,7 @@ class ModuleResult(PruneResult):
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
-def graph(module: nn.Module, example_inputs: Inputs) -> Graph:
+def graph(module: nn.Module, example_inputs: Batch) -> Graph:
     """The coupled channels of a module.
 
     Args:
@@ -77,7 +75,7 @@ def graph(module: nn.Module, example_inputs: Inputs) -> Graph:
     return build(record(module, example_inputs))
 
 
-def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any], inplace: bool = False) -> ModuleResult:
+def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], inplace: bool = False) -> ModuleResult:
     """Cut a module; see :func:`secateur.prune`.
 
     Args:
@@ -98,13 +96,15 @@ def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any],
     method, wanted = make_graph_method(request.method, request.options), request.wanted
     clock = [time.perf_counter()]
     with MemoryWatch() as memory:
-        found = graph(module, example_inputs)
+        host = ModuleHost(module, example_inputs)
+        found = build(host.network)
         clock.append(time.perf_counter())
-        verdict, bench = verify(found, module, example_inputs, request.seed)
+        bench = host.bench(found, request.seed)
+        verdict = verify(bench, request.seed)
         clock.append(time.perf_counter())
         spaces, refused = _allowed(found, verdict, method)
         generator = torch.Generator().manual_seed(request.seed)
-        scores = method.score(ChannelStudy(found, spaces, partial(tensor_at, module), generator))
+        scores = method.score(ChannelStudy(found, spaces, host.tensor, generator))
         ranking, floor, quantum = method.ranking, method.floor, method.quantum
         while True:
             units = choose(found, scores, wanted, ranking, floor, quantum, request.tolerance)
@@ -112,7 +112,7 @@ def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any],
             reason, _ = bench.compare(gone, verdict.literals)
             if not reason:
                 break
-            bad = faults(found, bench, units, verdict.literals)
+            bad = faults(bench, units, verdict.literals)
             if not bad:
                 raise InternalError(
                     "cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed"
@@ -120,8 +120,7 @@ def prune_module(module: Any, example_inputs: Inputs, values: Mapping[str, Any],
             refused |= bad
             scores = {name: values for name, values in scores.items() if name not in bad}
         clock.append(time.perf_counter())
-        result = module if inplace else copy.deepcopy(module)
-        cut(result, found, gone, verdict.literals)
+        result = (host.cut_in_place if inplace else host.cut)(found, gone, verdict.literals)
         clock.append(time.perf_counter())
     return ModuleResult(
         method=method.name,

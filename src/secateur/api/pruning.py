@@ -21,7 +21,7 @@ from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import LEARNED, Run, requested
-from secateur.graph.tape import Inputs
+from secateur.graph.host import Batch
 from secateur.inference import open_checkpoint
 from secateur.meters.counts import count_parts, factored
 from secateur.meters.evaluate import Figures, evaluate_models
@@ -41,7 +41,7 @@ def prune(
     data: str | Path | None = None,
     output: str | Path | None = None,
     tokenizer: Any = None,
-    example_inputs: Inputs | None = None,
+    example_inputs: Batch | None = None,
     inplace: bool = False,
     recipe: str | Path | None = None,
     progress: Progress | None = None,

@@ -32,7 +32,7 @@ def read(
     given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     given.update({argument.name: value for argument, value in zip(schema.arguments, args, strict=False)})
     given.update(kwargs)
-    name = schema.name.removeprefix("aten::")
+    name = name_of(func)
     reader = _READERS.get(name) or _READERS.get(name.rstrip("_"))
     tensors = _tensors(given)
     if reader is not None:
@@ -42,6 +42,12 @@ def read(
     else:
         op, inputs, attrs = name, tensors, {}
     return Operation(op, inputs, tuple(outputs), attrs, place, name)
+
+
+def name_of(func: torch._ops.OpOverload) -> str:
+    """What an operator is called, without its namespace and overload."""
+    name: str = func._schema.name
+    return name.removeprefix("aten::")
 
 
 def _tensors(given: Arguments) -> dict[str, Value]:

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from secateur.graph.host import Literal
 from secateur.graph.spaces import Gone, Graph
 from secateur.graph.state import tensor_at
-
-Literal = tuple[str, str, bool]
-"""An attribute by the class of its module and its name, and whether its number follows the channels."""
 
 _OF_SHAPE: Final[Mapping[str, tuple[tuple[str, int], ...]]] = {
     "out_features": (("weight", 0),),

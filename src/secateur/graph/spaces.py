@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from secateur.graph.atoms import Axis, Classes
 from secateur.graph.closures import closed_sets
 from secateur.graph.costs import Costs
-from secateur.graph.ir import Network
+from secateur.graph.ir import Network, Value
 from secateur.graph.propagation import Fact, Parts, Propagation, Role
 
 Gone = NDArray[np.bool_]
@@ -76,7 +76,8 @@ class Graph:
         facts: attributes that count an axis, with the axis' classes.
         lists: attributes that list the sizes of parts of an axis, likewise.
         costs: parameters and multiply-accumulates as functions of what goes.
-        steps: for every operation, the classes of all its axes.
+        values: classes of every axis of every tensor of the run.
+        steps: by module, the classes of all axes that its operations see.
         unknown: operators without a rule, and the modules they stand in; they freeze what they touch.
     """
 
@@ -86,6 +87,7 @@ class Graph:
     facts: tuple[Fact, ...]
     lists: tuple[Parts, ...]
     costs: Costs
+    values: Mapping[Value, tuple[Axis, ...]]
     steps: Mapping[str, tuple[Axis, ...]]
     unknown: Mapping[str, tuple[str, ...]]
     atoms: int
@@ -127,10 +129,15 @@ def build(network: Network) -> Graph:
     groups = (*_plain_groups(entries, classes), *_composite_groups(entries, classes))
     spaces = [_space(entries, group, raw, network, run, flagged) for group in groups]
     spaces.sort(key=lambda space: (entries.order[space.entries[0].name], space.entries[0].dim, space.name))
+    values: dict[Value, tuple[Axis, ...]] = {network.state[name]: found for name, found in axes.items()}
     steps: dict[str, list[Axis]] = defaultdict(list)
     for step in network.operations:
         for value in (*step.inputs.values(), *step.outputs):
-            steps[step.place] += [classes.of(axis) for axis in run.axes(value)]
+            if value not in values:
+                values[value] = tuple(classes.of(axis) for axis in run.axes(value))
+            steps[step.place] += values[value]
+    for value in (*network.inputs, *network.outputs):
+        values.setdefault(value, tuple(classes.of(axis) for axis in run.axes(value)))
     parameters = [axes[name] for name, value in network.state.items() if value.kind == "parameter"]
     facts = [Fact(fact.name, classes.of(fact.axis), fact.weight, fact.place) for fact in run.facts]
     return Graph(
@@ -140,6 +147,7 @@ def build(network: Network) -> Graph:
         tuple(facts),
         tuple(Parts(tuple(map(classes.of, parts.axes)), parts.place) for parts in run.lists),
         Costs(parameters, [[classes.of(axis) for axis in term] for term in run.costs]),
+        values,
         {place: tuple(found) for place, found in steps.items()},
         {op: tuple(dict.fromkeys(places)) for op, places in run.frozen_by.items()},
         len(classes),

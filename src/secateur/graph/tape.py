@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +13,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from secateur.graph.aten import read
-from secateur.graph.ir import Network, Value
-from secateur.graph.state import read_state, restored
+from secateur.errors import refuse
+from secateur.graph.aten import name_of, read
+from secateur.graph.host import Batch
+from secateur.graph.ir import Network, Operation, Value
+from secateur.graph.state import read_state, restored, tensor_at
 
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
-"""Example inputs: one tensor, positional arguments, or arguments by name."""
 
-
-def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and named arguments of a call."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
 
 
-def call(module: nn.Module, inputs: Inputs) -> Any:
+def call(module: nn.Module, inputs: Batch) -> Any:
     """The module's output."""
     args, kwargs = arguments(inputs)
     return module(*args, **kwargs)
 
 
-def record(module: nn.Module, inputs: Inputs) -> Network:
+def record(module: nn.Module, inputs: Batch) -> Network:
     """Run a module once, as at evaluation, and write down what it does.
 
     In inference mode composite operators (linear, reshape, attention) are called whole, so the words are those of
@@ -51,6 +50,71 @@ def record(module: nn.Module, inputs: Inputs) -> Network:
             result = module(*args, **kwargs)
         network.outputs = [tape.value(leaf) for leaf in tree_flatten(result)[0] if _is_tensor(leaf)]
     return network
+
+
+def replay(
+    module: nn.Module, inputs: Batch, network: Network, watch: Collection[Value] = ()
+) -> tuple[list[Tensor], dict[Value, Tensor]]:
+    """Run a module again as :func:`record` ran it, and catch some of the values that it computes on the way.
+
+    Args:
+        module: the one that was recorded, or one that differs in the numbers of its tensors.
+        inputs: like those of the record; sizes that the code leaves open may differ.
+        network: the record.
+        watch: values of the network.
+
+    Returns:
+        The outputs in the order of ``network.outputs``, and the watched values; copies, so nothing can change them.
+
+    Raises:
+        RequestError: on these inputs the module takes another path than on the example inputs.
+    """
+    head = _Replay(network.operations, watch) if watch else nullcontext()
+    args, kwargs = arguments(inputs)
+    with restored(module), torch.inference_mode(), _plain_attention():
+        module.eval()
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        entering = [leaf.clone() for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)] if watch else []
+        with head:
+            result = module(*args, **kwargs)
+    found = head.found if isinstance(head, _Replay) else {}
+    found |= {value: leaf for value, leaf in zip(network.inputs, entering, strict=False) if value in watch}
+    for value in watch:
+        if value.is_state:
+            found[value] = tensor_at(module, value.name).detach()
+    outputs = [leaf for leaf in tree_flatten(result)[0] if _is_tensor(leaf)]
+    if len(found) < len(set(watch)) or len(outputs) != len(network.outputs):
+        _strayed("it stops earlier")
+    return [leaf.clone() for leaf in outputs], {value: leaf.clone() for value, leaf in found.items()}
+
+
+def _strayed(how: str) -> NoReturn:
+    refuse("another-path", "a run to watch", f"the network takes another path than on the example inputs: {how}")
+
+
+class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are called, and keeps what some of them make."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self, operations: Sequence[Operation], watch: Collection[Value]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rest, self._watch = iter(operations), set(watch)
+        self.found: dict[Value, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
+        if made:
+            step = next(self._rest, None)
+            if step is None or step.source != name_of(func) or len(step.outputs) != len(made):
+                _strayed(f"{name_of(func)} where {step.source if step else 'the end'} was")
+            for value, tensor in zip(step.outputs, made, strict=True):
+                if value in self._watch:
+                    self.found[value] = tensor.clone()
+        return result
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

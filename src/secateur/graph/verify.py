@@ -1,32 +1,24 @@
-"""Masked == cut: what a cut module computes against the uncut one with the same units silenced.
+"""Masked == cut: what a cut network computes against the uncut one with the same units silenced.
 
-Both run in float64 with all parameters stirred, so that zeros, ones and tiny scales of an initialisation hide nothing.
-Silencing and cutting share the list of what goes and nothing else: one writes zeros into the uncut module (whose
-normalisations then see only what stays), the other slices tensors and renumbers attributes.
+Both run with all parameters stirred, so that zeros, ones and tiny scales of an initialisation hide nothing. What a
+network lives in makes the trials (:class:`secateur.graph.host.Bench`); which to make, and what follows, is said here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch import Tensor
 
-from secateur.graph.edit import Literal, cut, kept
-from secateur.graph.spaces import ChannelSpace, Gone, Graph
-from secateur.graph.state import shadow, tensor_at
-from secateur.graph.tape import Inputs, call
+from secateur.graph.host import Bench, Literal
+from secateur.graph.spaces import ChannelSpace
 
 TOLERANCE: Final = 1e-8
 _MADE_GOOD: Final = ("layer_norm", "group_norm")
-"""Statistics that the silenced module takes over what stays."""
+"""Statistics that the silenced network takes over what stays."""
 _TURNS: Final = 12
 """Guesses about attributes, for spaces alike."""
 
@@ -46,144 +38,9 @@ class Verdict:
     literals: frozenset[Literal]
 
 
-@dataclass
-class Bench:
-    """A stirred copy of a module in float64, on which cuts are tried.
-
-    Args:
-        module: the original; not touched.
-        graph: its channels.
-        inputs: example inputs.
-        seed: of the stirring.
-    """
-
-    module: nn.Module
-    graph: Graph
-    inputs: Inputs
-    seed: int = 0
-    copy: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.copy = shadow(self.module).eval()
-        tensors: dict[int, Tensor] = {}
-        generator = torch.Generator().manual_seed(self.seed)
-        for owner in self.copy.modules():
-            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-            for table in tables:
-                for leaf, tensor in table.items():
-                    if tensor is not None:
-                        if id(tensor) not in tensors:
-                            tensors[id(tensor)] = _stirred(leaf, tensor, generator)
-                        table[leaf] = tensors[id(tensor)]
-        for owner in self.copy.modules():
-            if isinstance(owner, nn.RNNBase):
-                owner._init_flat_weights()
-        self.inputs = tree_map(_double, self.inputs)
-
-    def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
-        """Why cut and mask differ, empty where they agree; and what may be true of attributes that may hold a size."""
-        doubtful: frozenset[Literal] = frozenset()
-        with torch.no_grad():
-            small = shadow(self.copy)
-            try:
-                doubtful = cut(small, self.graph, gone, literals)
-                found = _outputs(call(small, self.inputs))
-            except Exception as error:  # the module's own code may fail in any way
-                return f"the cut module does not run: {_first_line(error)}", doubtful
-            stays, reason = kept(self.graph, gone), ""
-            for there in (self._made(stays), stays):
-                with silenced(self.copy, there):
-                    wanted = _outputs(call(self.copy, self.inputs))
-                if not (reason := _difference(wanted, found)):
-                    break
-        return reason, doubtful
-
-    def _made(self, stays: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
-        """The part of what stays that makes channels: silence in what reads them is stronger, and tried afterwards."""
-        reads = {(e.name, e.dim) for space in self.graph.spaces for e in space.entries if e.roles == {"consumer"}}
-        parts = {name: {d: i for d, i in dims.items() if (name, d) not in reads} for name, dims in stays.items()}
-        return {name: dims for name, dims in parts.items() if dims}
-
-
-@contextmanager
-def silenced(module: nn.Module, stays: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
-    """Zeros in a module for a while, where something of its tensors goes; normalisations see only what stays.
-
-    Args:
-        module: its tensors are written to and restored.
-        stays: positions that stay, by name and dimension; other axes stay whole.
-    """
-    backup, weights = {}, {}
-    for name, dims in stays.items():
-        tensor = tensor_at(module, name)
-        backup[name] = tensor.clone()
-        for dim, index in dims.items():
-            goes = torch.ones(tensor.shape[dim], dtype=torch.bool)
-            goes[index] = False
-            tensor.index_fill_(dim, goes.nonzero().flatten(), 0)
-        if tensor.ndim == 1:
-            weights[id(tensor)] = dims[0]
-    try:
-        with _Statistics(weights):
-            yield
-    finally:
-        for name, tensor in backup.items():
-            tensor_at(module, name).copy_(tensor)
-
-
-class _Statistics(TorchFunctionMode):
-    """Normalisations with a weight that loses entries take their statistics over what stays."""
-
-    def __init__(self, stays: Mapping[int, Tensor]) -> None:
-        super().__init__()
-        self._stays = stays
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.layer_norm:
-            return self._layer_norm(*args, **kwargs)
-        if func is functional.group_norm:
-            return self._group_norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _layer_norm(
-        self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        index = self._stays.get(id(weight))
-        if index is None or weight is None:
-            return functional.layer_norm(x, shape, weight, bias, eps)
-        out = _standardised(x[..., index], eps) * weight[index]
-        return torch.zeros_like(x).index_copy(x.ndim - 1, index, out if bias is None else out + bias[index])
-
-    def _group_norm(
-        self, x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        index = self._stays.get(id(weight))
-        if index is None or weight is None:
-            return functional.group_norm(x, groups, weight, bias, eps)
-        out, width = torch.zeros_like(x), x.shape[1] // groups
-        for group in range(groups):
-            own = index[(index // width) == group]
-            if len(own):
-                part, shape = x[:, own], (1, -1) + (1,) * (x.ndim - 2)
-                value = _standardised(part.flatten(1), eps).reshape(part.shape) * weight[own].view(shape)
-                out[:, own] = value if bias is None else value + bias[own].view(shape)
-        return out
-
-
-def _standardised(x: Tensor, eps: float) -> Tensor:
-    """Mean 0 and variance 1 along the last axis."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tuple[Verdict, Bench]:
-    """Try some units of every space, those alike together, then all together.
-
-    Returns:
-        The verdict, and the bench for trying more.
-    """
-    bench = Bench(module, graph, inputs, seed)
+def verify(bench: Bench, seed: int = 0) -> Verdict:
+    """Try some units of every space of a bench, those alike together, then all together."""
+    graph = bench.graph
     refused: dict[str, str] = {}
     rest: list[ChannelSpace] = []
     for space in graph.spaces:
@@ -208,14 +65,12 @@ def verify(graph: Graph, module: nn.Module, inputs: Inputs, seed: int = 0) -> tu
                 good += group
             refused.update({space.name: reason for space in group if reason})
         rest = trial.largest(good, refused)
-    return Verdict(tuple(space.name for space in rest), refused, frozenset(trial.literals)), bench
+    return Verdict(tuple(space.name for space in rest), refused, frozenset(trial.literals))
 
 
-def faults(
-    graph: Graph, bench: Bench, units: Mapping[str, Sequence[int]], literals: Collection[Literal]
-) -> dict[str, str]:
+def faults(bench: Bench, units: Mapping[str, Sequence[int]], literals: Collection[Literal]) -> dict[str, str]:
     """Spaces whose chosen units cannot be cut as they are, with the reasons; spaces alike are tried together."""
-    alike: dict[Any, dict[str, Sequence[int]]] = {}
+    graph, alike = bench.graph, dict[Any, dict[str, Sequence[int]]]()
     for name, chosen in units.items():
         alike.setdefault(graph.space(name).topology, {})[name] = chosen
     found: dict[str, str] = {}
@@ -273,30 +128,7 @@ class _Trial:
         return [*first, *second]
 
 
-def _stirred(leaf: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor in float64 without special values."""
-    if not tensor.is_floating_point():
-        return tensor
-    value = tensor.detach().double().clone()
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(value.device)
-    if isinstance(tensor, nn.Parameter):
-        constant = tensor.numel() < 2 or bool((value == value.flatten()[0]).all())
-        value = value + 0.1 * noise if constant else value * (1 + 0.1 * noise)
-        return nn.Parameter(value, requires_grad=False)
-    if leaf == "running_mean":
-        return value + 0.1 * noise
-    return value * (1 + 0.1 * noise).abs() if leaf == "running_var" else value
-
-
-def _double(leaf: Any) -> Any:
-    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-
-def _outputs(result: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+def difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
     """What is unequal, empty if nothing is."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
         return "the outputs have other shapes"
@@ -312,5 +144,6 @@ def relative_difference(wanted: Tensor, found: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
