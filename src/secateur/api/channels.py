@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.api.outputs import PruneResult
 from secateur.budgets import Target, parse_target, ratio_target
 from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
 from secateur.errors import InternalError, refuse, validated
+from secateur.evidence.batches import Batches
+from secateur.evidence.losses import losses_of
 from secateur.graph.host import Batch
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import ChannelSpace, Graph, build
@@ -25,7 +28,7 @@ from secateur.meters.memory import MemoryWatch
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
 
-_PARTS = ("graph", "verify", "choose", "cut")
+_PARTS = ("graph", "verify", "choose", "mend", "cut")
 
 
 class ModuleRequest(BaseModel):
@@ -39,6 +42,8 @@ class ModuleRequest(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(0, ge=0)
     tolerance: float = Field(0.02, ge=0)
+    data: Any = None
+    loss: Any = None
 
     @property
     def wanted(self) -> Target:
@@ -57,7 +62,7 @@ class ModuleResult(PruneResult):
     Attributes:
         removed: units that went, by the name of their space.
         refused: spaces that were not cut because cutting was found unsound or not allowed, with the reasons.
-        parts: seconds by part: graph, verify, choose, cut.
+        parts: seconds by part: graph, verify, choose, mend, cut.
     """
 
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -94,6 +99,7 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         )
     request = validated(ModuleRequest, values, "a prune of a module")
     method, wanted = make_graph_method(request.method, request.options), request.wanted
+    batches = _batches(method, request, module, example_inputs)
     clock = [time.perf_counter()]
     with MemoryWatch() as memory:
         host = ModuleHost(module, example_inputs)
@@ -104,10 +110,10 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         clock.append(time.perf_counter())
         spaces, refused = _allowed(found, verdict, method)
         generator = torch.Generator().manual_seed(request.seed)
-        scores = method.score(ChannelStudy(found, spaces, host.tensor, generator))
-        ranking, floor, quantum = method.ranking, method.floor, method.quantum
+        study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses_of(request.loss))
+        pick = partial(_choose, found, method, request.tolerance)
         while True:
-            units = choose(found, scores, wanted, ranking, floor, quantum, request.tolerance)
+            units = method.decide(study, wanted, pick)
             gone = found.gone(units)
             reason, _ = bench.compare(gone, verdict.literals)
             if not reason:
@@ -118,9 +124,13 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
                     "cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed"
                 )
             refused |= bad
-            scores = {name: values for name, values in scores.items() if name not in bad}
+            study = replace(study, spaces=[space for space in study.spaces if space.name not in bad])
         clock.append(time.perf_counter())
-        result = (host.cut_in_place if inplace else host.cut)(found, gone, verdict.literals)
+        mended = method.mend(study, units)
+        clock.append(time.perf_counter())
+        if inplace:
+            host.write(mended)
+        result = (host.cut_in_place if inplace else host.with_tensors(mended).cut)(found, gone, verdict.literals)
         clock.append(time.perf_counter())
     return ModuleResult(
         method=method.name,
@@ -138,6 +148,24 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         refused=refused,
         parts={part: end - start for part, (start, end) in zip(_PARTS, pairwise(clock), strict=True)},
     )
+
+
+def _batches(method: GraphMethod, request: ModuleRequest, module: nn.Module, example: Batch) -> Batches | None:
+    """Calibration data, where there is some; what the method needs must be there."""
+    if request.data is None:
+        if method.data == "none":
+            return None
+        wanted = "data=[batch, ...]" if method.data == "inputs" else "data=[(inputs, labels), ...]"
+        refuse("no-data", f"method {method.name}", "it needs data, and none was given", wanted)
+    tensors = chain(module.parameters(), module.buffers())
+    device = next((tensor.device for tensor in tensors), None)
+    return Batches(request.data, example, method.data == "labels", device)
+
+
+def _choose(
+    found: Graph, method: GraphMethod, tolerance: float, scores: Mapping[str, Tensor], target: Target, way: float = 1.0
+) -> Units:
+    return choose(found, scores, target, method.ranking, method.floor, method.quantum, tolerance, way)
 
 
 def _allowed(found: Graph, verdict: Verdict, method: GraphMethod) -> tuple[list[ChannelSpace], dict[str, str]]:

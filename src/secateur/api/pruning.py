@@ -38,7 +38,7 @@ def prune(
     method: str | None = None,
     ratio: float | None = None,
     target: Sequence[str] = (),
-    data: str | Path | None = None,
+    data: Any = None,
     output: str | Path | None = None,
     tokenizer: Any = None,
     example_inputs: Batch | None = None,
@@ -55,12 +55,14 @@ def prune(
         method: name of a method; the default depends on whether there is ``data``.
         ratio: share of all parameters to remove.
         target: what shall remain, e.g. ``"bytes=2GiB"``, ``"flops=80%"``.
-        data: calibration text: file, folder, hub data set, token ids.
+        data: calibration text: file, folder, hub data set, token ids. Of any other module: batches like
+            ``example_inputs``, or pairs of these and labels, in a list, a loader or whatever can be read several times.
         output: folder to write; may be omitted for a module.
         tokenizer: of a module, needed when ``data`` or ``text`` is text.
         example_inputs: of any other module: a tensor, positional arguments or arguments by name. What hangs together
             is then found by running it, and the module itself is cut; nothing is written. The measures are ``params``
-            and ``flops`` of one run on these inputs, and only ``options``, ``seed`` and ``tolerance`` apply besides.
+            and ``flops`` of one run on these inputs, and only ``data``, ``loss`` (a function of outputs and labels, or
+            several by name; by default the cross-entropy), ``options``, ``seed`` and ``tolerance`` apply besides.
         inplace: change the module passed in.
         recipe: YAML file with the same options.
         progress: told what happens.
@@ -71,7 +73,8 @@ def prune(
     """
     asked = {"model": model, "method": method, "ratio": ratio, "target": tuple(target), "data": data, "output": output}
     if example_inputs is not None:
-        given = {key: value for key, value in asked.items() if key != "model" and value}
+        given = {key: value for key, value in asked.items() if key not in ("model", "data") and value}
+        given |= {} if data is None else {"data": data}
         return prune_module(model, example_inputs, {**given, **more}, inplace)
     file = None if recipe is None else Path(recipe)
 

@@ -26,6 +26,7 @@ def choose(
     floor: float = 0.05,
     quantum: int = 1,
     tolerance: float = 0.02,
+    way: float = 1.0,
 ) -> Units:
     """Units with the lowest scores, as many as the target asks for; the nearest size, of two equal ones the smaller.
 
@@ -37,6 +38,7 @@ def choose(
         floor: share of the units that every space keeps; at least one stays.
         quantum: what stays of a cut space is a multiple of it.
         tolerance: how far from the target the nearest size may be, as a share of what is there.
+        way: how much of the way from the whole network to the target; before its end the nearest size will do.
 
     Raises:
         RequestError: another measure, or a target that is not reached; names the nearest.
@@ -51,7 +53,7 @@ def choose(
         return graph.costs.params(gone) if target.measure == "params" else FLOPS_PER_MAC * graph.costs.macs(gone)
 
     full = cost({})
-    wanted = target.of(full)
+    wanted = full + way * (target.of(full) - full)
     low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
@@ -59,7 +61,7 @@ def choose(
     pair = [_taken(spaces, order[:count], floor, quantum) for count in (high, low)]
     best = min(pair, key=lambda units: abs(cost(units) - wanted))
     off = abs(cost(best) - wanted) / full
-    if off > tolerance:
+    if off > tolerance and way >= 1:
         refuse(
             "target-out-of-reach",
             f"target {target}",

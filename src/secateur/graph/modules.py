@@ -62,6 +62,12 @@ class ModuleHost:
         vars(host)["network"] = network  # the same operations on the same values
         return host
 
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Change the module itself: new values of some tensors of the state."""
+        with torch.no_grad():
+            for name, value in tensors.items():
+                tensor_at(self.module, name).copy_(value)
+
     def run(self, inputs: Batch, watch: Collection[Value] = ()) -> tuple[list[Tensor], dict[Value, Tensor]]:
         """See :meth:`secateur.graph.host.Host.run`; without anything to watch the module just runs."""
         return replay(self.module, inputs, self.network, watch)

@@ -24,6 +24,7 @@ from secateur.plans import Artifact, Edits, Mend, Plan
 from secateur.spaces import BlockView, Kind, Space, all_spaces
 
 Output = Literal["dense", "dense-per-layer", "zeros", "dense-zeros", "factors", "runtime", "index"]
+Data = Literal["none", "text", "inputs", "labels"]
 ZEROS: tuple[Output, ...] = ("zeros", "dense-zeros")
 """Kinds in which weights become zero where they stand."""
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -178,7 +179,8 @@ class Named(BaseModel):
 
     Class attributes:
         name, title, paper: identity and source.
-        data: whether calibration text is needed; a property where an option decides it.
+        data: what is needed: calibration text; for any network inputs, or inputs with labels. A property where an
+            option decides it.
         output: what kind of result it writes.
         group: which comparison takes it up (``compare --methods all-GROUP``); ``structured``: the result is a smaller
             dense checkpoint; ``graph``: it prunes any network by its graph.
@@ -193,7 +195,7 @@ class Named(BaseModel):
     name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str] = ""
-    data: ClassVar[Literal["none", "text"]] = "none"
+    data: ClassVar[Data] = "none"
     output: ClassVar[Output] = "dense"
     group: ClassVar[str] = "structured"
     seeded: ClassVar[bool] = False

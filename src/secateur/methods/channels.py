@@ -1,16 +1,26 @@
-"""What a method for any network is: options, and one number for every unit of every space of its graph."""
+"""What a method for any network is: options, and up to three pure functions of the network's graph and numbers.
+
+``score(study)`` gives one number for every unit, ``decide(study, target, choose)`` says which go, and
+``mend(study, units)`` gives new values to what stays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.budgets.channels import Ranking
+from secateur.budgets.channels import Ranking, Units
+from secateur.budgets.targets import Target
+from secateur.errors import refuse
+from secateur.evidence.batches import Example
+from secateur.evidence.losses import Loss
+from secateur.graph.edit import kept
+from secateur.graph.host import Batch, Host
 from secateur.graph.spaces import ChannelSpace, Graph
 from secateur.methods.base import Fraction, Named
 
@@ -22,18 +32,76 @@ class ChannelStudy:
     Attributes:
         graph: the network's coupled channels.
         spaces: those that may be cut.
-        tensor: a parameter or buffer of the uncut module by name.
+        host: the network with its numbers; it can be run, and others made of it, but not changed.
         generator: the only source of randomness.
+        example: inputs that it was recorded on.
+        batches: calibration data, which may be read again and again; None where none was given.
+        losses: by name; one where no other was given: the cross-entropy of one output. Each takes the outputs as the
+            network returns them, and the labels.
+        gone: units that are silent already.
     """
 
     graph: Graph
     spaces: Sequence[ChannelSpace]
-    tensor: Callable[[str], Tensor]
+    host: Host
     generator: torch.Generator
+    example: Batch
+    batches: Iterable[Example] | None = None
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    gone: Units = field(default_factory=dict)
+
+    @property
+    def tensor(self) -> Callable[[str], Tensor]:
+        """A parameter or buffer by name."""
+        return self.host.tensor
+
+    def data(self) -> Iterable[Example]:
+        """The calibration data.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if self.batches is None:
+            refuse("no-data", "calibration", "no data was given", "data=[batch, ...], each like example_inputs")
+        return self.batches
+
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        """All losses together."""
+        return torch.stack([loss(outputs, labels) for loss in self.losses.values()]).sum()
+
+    def silenced(self, units: Units) -> Self:
+        """The same network without some more units: zeros wherever anything of them lies."""
+        together = {name: sorted({*self.gone.get(name, ()), *units.get(name, ())}) for name in (*self.gone, *units)}
+        found = {}
+        for name, dims in kept(self.graph, self.graph.gone(together)).items():
+            value = self.host.tensor(name).detach().clone()
+            for dim, stays in dims.items():
+                goes = torch.ones(value.shape[dim], dtype=torch.bool)
+                goes[stays] = False
+                value.index_fill_(dim, goes.nonzero().flatten().to(value.device), 0)
+            found[name] = value
+        return replace(self, host=self.host.with_tensors(found), gone=together)
+
+
+class Choose(Protocol):
+    """The choice of the units with the lowest scores, as many as a target asks for."""
+
+    def __call__(self, scores: Mapping[str, Tensor], target: Target, way: float = 1.0) -> Units:
+        """Units that go.
+
+        Args:
+            scores: see :meth:`GraphMethod.score`.
+            target: what shall remain.
+            way: how much of the way from the whole network to the target; before its end the nearest size will do.
+        """
 
 
 class GraphMethod(Named):
-    """Base of every method for any network; its fields are its options and their schema."""
+    """Base of every method for any network; its fields are its options and their schema.
+
+    Class attributes:
+        data: what must be given: nothing, ``inputs``, or ``labels``, pairs of inputs and labels, for its loss.
+    """
 
     group: ClassVar[str] = "graph"
 
@@ -51,3 +119,16 @@ class GraphMethod(Named):
     def score(self, study: ChannelStudy) -> dict[str, Tensor]:
         """One number for each unit of ``study.spaces``, by name of the space; higher = keep."""
         raise NotImplementedError
+
+    def decide(self, study: ChannelStudy, target: Target, choose: Choose) -> Units:
+        """Units that go; asked again, with fewer spaces, where some turn out not to be cut together."""
+        return choose(self.score(study), target)
+
+    def mend(self, study: ChannelStudy, units: Units) -> dict[str, Tensor]:
+        """New values, by name and in full size, of tensors of which something stays; what goes is cut off afterwards.
+
+        Args:
+            study: the uncut network.
+            units: what goes.
+        """
+        return {}
