@@ -55,7 +55,12 @@ class Costs:
 
     def macs(self, gone: NDArray[np.bool_]) -> int:
         """Multiply-accumulates of one run on the example inputs that remain."""
-        return int(self._sizes(gone)[self._macs].prod(axis=1).sum())
+        return int(self.each_macs(gone).sum())
+
+    def each_macs(self, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The same by term."""
+        found: NDArray[np.int64] = self._sizes(gone)[self._macs].prod(axis=1)
+        return found
 
     def smallest(self, gone: NDArray[np.bool_]) -> int:
         """Size of the smallest axis that remains."""

@@ -134,13 +134,13 @@ class ModuleBench:
             small = shadow(self.copy)
             try:
                 doubtful = cut(small, self.graph, gone, literals)
-                found = _outputs(call(small, self.inputs))
+                found = tensors_of(call(small, self.inputs))
             except Exception as error:  # the module's own code may fail in any way
                 return f"the cut module does not run: {first_line(error)}", doubtful
             stays, reason = kept(self.graph, gone), ""
             for there in (self._made(stays), stays):
                 with silenced(self.copy, there):
-                    wanted = _outputs(call(self.copy, self.inputs))
+                    wanted = tensors_of(call(self.copy, self.inputs))
                 if not (reason := difference(wanted, found)):
                     break
         return reason, doubtful
@@ -243,5 +243,5 @@ def _double(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def tensors_of(result: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -60,12 +60,14 @@ class Propagation:
     Attributes:
         atoms: all atoms so far.
         costs: of every contraction, the axes whose sizes multiply to its multiplications.
+        charged: the operation behind each of them.
         flags, facts, lists: see :class:`Flag`, :class:`Fact`, :class:`Parts`.
         frozen_by: operators without a rule, and where they stand.
     """
 
     atoms: Atoms = field(default_factory=Atoms)
     costs: list[Axes] = field(default_factory=list)
+    charged: list[Operation] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     lists: list[Parts] = field(default_factory=list)
@@ -96,7 +98,9 @@ class Propagation:
 
     def macs(self, axes: Sequence[Axis]) -> None:
         """Count a contraction."""
+        assert self._step is not None
         self.costs.append(list(axes))
+        self.charged.append(self._step)
 
     def flag(self, axis: Axis, step: Operation) -> None:
         """Say that a statistic is taken over an axis."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from secateur.graph.atoms import Axis, Classes
 from secateur.graph.closures import closed_sets
 from secateur.graph.costs import Costs
-from secateur.graph.ir import Network, Value
+from secateur.graph.ir import Network, Operation, Value
 from secateur.graph.propagation import Fact, Parts, Propagation, Role
 
 Gone = NDArray[np.bool_]
@@ -76,6 +76,7 @@ class Graph:
         facts: attributes that count an axis, with the axis' classes.
         lists: attributes that list the sizes of parts of an axis, likewise.
         costs: parameters and multiply-accumulates as functions of what goes.
+        charged: the operation behind every term of the multiply-accumulates.
         values: classes of every axis of every tensor of the run.
         steps: by module, the classes of all axes that its operations see.
         unknown: operators without a rule, and the modules they stand in; they freeze what they touch.
@@ -87,6 +88,7 @@ class Graph:
     facts: tuple[Fact, ...]
     lists: tuple[Parts, ...]
     costs: Costs
+    charged: tuple[Operation, ...]
     values: Mapping[Value, tuple[Axis, ...]]
     steps: Mapping[str, tuple[Axis, ...]]
     unknown: Mapping[str, tuple[str, ...]]
@@ -147,6 +149,7 @@ def build(network: Network) -> Graph:
         tuple(facts),
         tuple(Parts(tuple(map(classes.of, parts.axes)), parts.place) for parts in run.lists),
         Costs(parameters, [[classes.of(axis) for axis in term] for term in run.costs]),
+        tuple(run.charged),
         values,
         {place: tuple(found) for place, found in steps.items()},
         {op: tuple(dict.fromkeys(places)) for op, places in run.frozen_by.items()},

@@ -53,7 +53,11 @@ def record(module: nn.Module, inputs: Batch) -> Network:
 
 
 def replay(
-    module: nn.Module, inputs: Batch, network: Network, watch: Collection[Value] = ()
+    module: nn.Module,
+    inputs: Batch,
+    network: Network,
+    watch: Collection[Value] = (),
+    instead: Mapping[Value, Value] | None = None,
 ) -> tuple[list[Tensor], dict[Value, Tensor]]:
     """Run a module again as :func:`record` ran it, and catch some of the values that it computes on the way.
 
@@ -62,6 +66,7 @@ def replay(
         inputs: like those of the record; sizes that the code leaves open may differ.
         network: the record.
         watch: values of the network.
+        instead: for values that one operation makes, the one of its tensors that is taken in their place.
 
     Returns:
         The outputs in the order of ``network.outputs``, and the watched values; copies, so nothing can change them.
@@ -69,7 +74,7 @@ def replay(
     Raises:
         RequestError: on these inputs the module takes another path than on the example inputs.
     """
-    head = _Replay(network.operations, watch) if watch else nullcontext()
+    head = _Replay(network.operations, watch, instead or {}) if watch or instead else nullcontext()
     args, kwargs = arguments(inputs)
     with restored(module), torch.inference_mode(), _plain_attention():
         module.eval()
@@ -99,16 +104,28 @@ class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False
 
-    def __init__(self, operations: Sequence[Operation], watch: Collection[Value]) -> None:
+    def __init__(
+        self, operations: Sequence[Operation], watch: Collection[Value], instead: Mapping[Value, Value]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rest, self._watch = iter(operations), set(watch)
+        self._operations, self._count, self._watch = operations, 0, set(watch)
+        self._instead = {}
+        for number, step in enumerate(operations if instead else ()):
+            taken = instead.get(step.outputs[0])
+            if taken is not None:
+                self._instead[number] = list(step.inputs.values()).index(taken)
         self.found: dict[Value, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        taken = self._instead.get(self._count)
+        other = None if taken is None else args[taken].clone()  # before the operation, which may write to it
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
         if made:
-            step = next(self._rest, None)
+            step = self._operations[self._count] if self._count < len(self._operations) else None
+            self._count += 1
+            if other is not None:
+                made[0].copy_(other)
             if step is None or step.source != name_of(func) or len(step.outputs) != len(made):
                 _strayed(f"{name_of(func)} where {step.source if step else 'the end'} was")
             for value, tensor in zip(step.outputs, made, strict=True):

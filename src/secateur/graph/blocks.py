@@ -1,0 +1,205 @@
+"""Residual branches of a network: what is added to a value that it was computed from, and can be left out whole."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.graph.ir import Network, Operation, Value
+from secateur.graph.spaces import Graph
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A branch beside an identity shortcut: without it, the sum is the shortcut.
+
+    Attributes:
+        name: path of the module that it fills, or of the largest part of it.
+        step: position of the addition among the operations.
+        shortcut, branch, out: the value that stays, what is added to it, their sum.
+        region: positions of the operations that serve the branch alone.
+        params: elements of the parameters that these alone read.
+        macs: their multiply-accumulates on the example inputs.
+    """
+
+    name: str
+    step: int
+    shortcut: Value
+    branch: Value
+    out: Value
+    region: frozenset[int]
+    params: int
+    macs: int
+
+    @property
+    def stage(self) -> tuple[int, ...]:
+        """Sizes of the stream it is added to: blocks of one stage have the same."""
+        return self.out.shape
+
+    def inside(self, other: Block) -> bool:
+        """Whether it goes with another one."""
+        return self.step in other.region
+
+
+def find_blocks(graph: Graph) -> tuple[Block, ...]:
+    """All branches that add to a value which they were computed from, in the order of the run.
+
+    The sum has the sizes of the shortcut, so that everything behind it can read the shortcut instead. Where sizes
+    change (down-sampling, projected shortcuts), neither operand was computed from the other, and there is no block.
+    Blocks may lie in others.
+    """
+    flow = _Flow(graph.network)
+    work = multiplications(graph)
+    found = []
+    for step, (shortcut, branch) in flow.sums():
+        region = flow.serving(step, branch)
+        read = {v for i in region for v in flow.steps[i].inputs.values() if v.kind == "parameter"}
+        params = sum(int(np.prod(value.shape)) for value in read if set(flow.users[value]) <= region)
+        macs = sum(work[i] for i in region)
+        if params or macs:
+            out = flow.steps[step].outputs[0]
+            found.append(Block("", step, shortcut, branch, out, frozenset(region), params, macs))
+    names = _names(found, flow.steps)
+    return tuple(Block(name, *_fields(block)) for name, block in zip(names, found, strict=True))
+
+
+def outermost(blocks: Sequence[Block]) -> list[Block]:
+    """Those that lie in no other one."""
+    return [block for block in blocks if not any(block.inside(other) for other in blocks)]
+
+
+def remaining(graph: Graph, blocks: Sequence[Block]) -> tuple[int, int]:
+    """Parameters and multiply-accumulates without some blocks."""
+    flow, work = _Flow(graph.network), multiplications(graph)
+    gone = set().union(*(block.region for block in blocks)) if blocks else set()
+    lost = 0
+    for value in graph.network.state.values():
+        if value.kind == "parameter" and flow.users[value] and set(flow.users[value]) <= gone:
+            lost += int(np.prod(value.shape))
+    return graph.parameters() - lost, sum(work) - sum(work[i] for i in gone)
+
+
+def multiplications(graph: Graph) -> list[int]:
+    """Multiply-accumulates of every operation of the uncut network."""
+    found: dict[Operation, int] = defaultdict(int)
+    for step, count in zip(graph.charged, graph.costs.each_macs(graph.gone({})).tolist(), strict=True):
+        found[step] += count
+    return [found[step] for step in graph.network.operations]
+
+
+def unused(network: Network) -> set[int]:
+    """Positions of operations that nothing reads."""
+    return _Flow(network).dead
+
+
+def _fields(block: Block) -> tuple[int, Value, Value, Value, frozenset[int], int, int]:
+    return block.step, block.shortcut, block.branch, block.out, block.region, block.params, block.macs
+
+
+class _Flow:
+    """Who reads what, and what was computed from what."""
+
+    def __init__(self, network: Network) -> None:
+        self.steps = network.operations
+        self.users: dict[Value, list[int]] = defaultdict(list)
+        for number, step in enumerate(self.steps):
+            for value in dict.fromkeys(step.inputs.values()):
+                self.users[value].append(number)
+        self._outputs = set(network.outputs)
+        self._sources: dict[Value, int] = {}
+        """Ancestors of a value, itself included, as bits."""
+        self._bits: dict[Value, int] = {}
+        for value in network.inputs:
+            self._born(value, 0)
+        for step in self.steps:
+            before = 0
+            for value in step.inputs.values():
+                before |= self._sources.get(value, 0)
+            for value in step.outputs:
+                self._born(value, before)
+        self.dead: set[int] = set()
+        for number in range(len(self.steps) - 1, -1, -1):
+            if self._only(self.steps[number], self.dead):
+                self.dead.add(number)
+
+    def _born(self, value: Value, before: int) -> None:
+        self._bits[value] = 1 << len(self._bits)
+        self._sources[value] = before | self._bits[value]
+
+    def _only(self, step: Operation, readers: Collection[int]) -> bool:
+        """Whether nothing else reads what a step makes."""
+        return all(v not in self._outputs and all(i in readers for i in self.users[v]) for v in step.outputs)
+
+    def sums(self) -> Iterator[tuple[int, tuple[Value, Value]]]:
+        """Additions of two values of one shape of which one was computed from the other: (shortcut, branch)."""
+        for number, step in enumerate(self.steps):
+            pair = list(step.inputs.values())
+            if step.source.rstrip("_").lower() != "add" or len(pair) != 2 or number in self.dead:
+                continue
+            if pair[0] is pair[1] or {pair[0].shape, pair[1].shape} != {step.outputs[0].shape}:
+                continue
+            for shortcut, branch in (pair, pair[::-1]):
+                if self._bits.get(shortcut, 0) & self._sources.get(branch, 0):
+                    yield number, (shortcut, branch)
+
+    def serving(self, step: int, branch: Value) -> set[int]:
+        """Operations before an addition that serve one of its operands alone."""
+        if branch in self._outputs or set(self.users[branch]) - self.dead != {step}:
+            return set()
+        region: set[int] = set()
+        near = {number for number in self.dead if number < step}
+        for number in range(step - 1, -1, -1):
+            one = self.steps[number]
+            if number in self.dead:
+                continue
+            readers = {i for value in one.outputs for i in self.users[value]} - self.dead
+            own = readers <= region | ({step} if branch in one.outputs else set())
+            if readers and own and self._only(one, region | near | readers):
+                region.add(number)
+        makes = {value for number in region for value in self.steps[number].outputs}
+        for number in sorted(near):  # what is computed from it and read by nobody goes along
+            if any(value in makes for value in self.steps[number].inputs.values()):
+                region.add(number)
+                makes |= set(self.steps[number].outputs)
+        return region
+
+
+def _names(blocks: Sequence[Block], steps: Sequence[Operation]) -> list[str]:
+    """The module in which the addition stands where it holds one branch only, else the part with most operations."""
+    holders = [_common([steps[block.step].place, *(steps[i].place for i in block.region)]) for block in blocks]
+    found: list[str] = []
+    for block, holder in zip(blocks, holders, strict=True):
+        name = holder
+        if holders.count(holder) > 1 or not holder:
+            depth = len(holder.split(".")) + 1 if holder else 1
+            parts = [".".join(steps[i].place.split(".")[:depth]) for i in sorted(block.region)]
+            inner = [part for part in parts if len(part) > len(holder)]
+            name = max(dict.fromkeys(inner), key=inner.count) if inner else holder
+        name = name or "network"
+        found.append(name if name not in found else f"{name}#{sum(n.split('#')[0] == name for n in found) + 1}")
+    return found
+
+
+def _common(places: Sequence[str]) -> str:
+    """The deepest module that holds all of some places."""
+    split = [place.split(".") if place else [] for place in places]
+    found = []
+    for level in zip(*split, strict=False):
+        if len(set(level)) > 1:
+            break
+        found.append(level[0])
+    return ".".join(found)
+
+
+def by_module(graph: Graph) -> Mapping[str, set[int]]:
+    """Positions of the operations that run in every module, those of its parts included."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for number, step in enumerate(graph.network.operations):
+        path = step.place
+        while path:
+            found[path].add(number)
+            path = path.rpartition(".")[0]
+    return found
