@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,8 @@ class Block:
         step: position of the addition among the operations.
         shortcut, branch, out: the value that stays, what is added to it, their sum.
         region: positions of the operations that serve the branch alone.
-        params: elements of the parameters that these alone read.
+        parameters: names of the parameters that these alone read.
+        params: their elements.
         macs: their multiply-accumulates on the example inputs.
     """
 
@@ -31,6 +32,7 @@ class Block:
     branch: Value
     out: Value
     region: frozenset[int]
+    parameters: tuple[str, ...]
     params: int
     macs: int
 
@@ -56,14 +58,13 @@ def find_blocks(graph: Graph) -> tuple[Block, ...]:
     found = []
     for step, (shortcut, branch) in flow.sums():
         region = flow.serving(step, branch)
-        read = {v for i in region for v in flow.steps[i].inputs.values() if v.kind == "parameter"}
-        params = sum(int(np.prod(value.shape)) for value in read if set(flow.users[value]) <= region)
-        macs = sum(work[i] for i in region)
+        own = flow.owned(region, graph.network)
+        params, macs = sum(int(np.prod(value.shape)) for value in own), sum(work[i] for i in region)
         if params or macs:
-            out = flow.steps[step].outputs[0]
-            found.append(Block("", step, shortcut, branch, out, frozenset(region), params, macs))
-    names = _names(found, flow.steps)
-    return tuple(Block(name, *_fields(block)) for name, block in zip(names, found, strict=True))
+            out, names = flow.steps[step].outputs[0], tuple(value.name for value in own)
+            found.append(Block("", step, shortcut, branch, out, frozenset(region), names, params, macs))
+    called = _names(found, flow.steps)
+    return tuple(replace(block, name=name) for name, block in zip(called, found, strict=True))
 
 
 def outermost(blocks: Sequence[Block]) -> list[Block]:
@@ -74,11 +75,8 @@ def outermost(blocks: Sequence[Block]) -> list[Block]:
 def remaining(graph: Graph, blocks: Sequence[Block]) -> tuple[int, int]:
     """Parameters and multiply-accumulates without some blocks."""
     flow, work = _Flow(graph.network), multiplications(graph)
-    gone = set().union(*(block.region for block in blocks)) if blocks else set()
-    lost = 0
-    for value in graph.network.state.values():
-        if value.kind == "parameter" and flow.users[value] and set(flow.users[value]) <= gone:
-            lost += int(np.prod(value.shape))
+    gone = {number for block in blocks for number in block.region}
+    lost = sum(int(np.prod(value.shape)) for value in flow.owned(gone, graph.network))
     return graph.parameters() - lost, sum(work) - sum(work[i] for i in gone)
 
 
@@ -93,10 +91,6 @@ def multiplications(graph: Graph) -> list[int]:
 def unused(network: Network) -> set[int]:
     """Positions of operations that nothing reads."""
     return _Flow(network).dead
-
-
-def _fields(block: Block) -> tuple[int, Value, Value, Value, frozenset[int], int, int]:
-    return block.step, block.shortcut, block.branch, block.out, block.region, block.params, block.macs
 
 
 class _Flow:
@@ -132,6 +126,11 @@ class _Flow:
     def _only(self, step: Operation, readers: Collection[int]) -> bool:
         """Whether nothing else reads what a step makes."""
         return all(v not in self._outputs and all(i in readers for i in self.users[v]) for v in step.outputs)
+
+    def owned(self, steps: Collection[int], network: Network) -> list[Value]:
+        """Parameters that some operations read and no others."""
+        parameters = (value for value in network.state.values() if value.kind == "parameter")
+        return [value for value in parameters if (users := set(self.users[value])) and users <= set(steps)]
 
     def sums(self) -> Iterator[tuple[int, tuple[Value, Value]]]:
         """Additions of two values of one shape of which one was computed from the other: (shortcut, branch)."""

@@ -62,6 +62,11 @@ class Costs:
         found: NDArray[np.int64] = self._sizes(gone)[self._macs].prod(axis=1)
         return found
 
+    def terms(self, measure: str) -> list[list[Axis]]:
+        """The axes whose sizes are multiplied and summed: of ``params``, or of multiply-accumulates."""
+        table = self._params if measure == "params" else self._macs
+        return [[self._axes[number] for number in row] for row in table]
+
     def smallest(self, gone: NDArray[np.bool_]) -> int:
         """Size of the smallest axis that remains."""
         return int(self._sizes(gone).min())

@@ -37,6 +37,7 @@ _OURS: Final = {
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
+    "precrop": "secateur.methods.precrop:PreCrop",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
     "random_pruning_erk": "secateur.methods.densities:RandomPruningErk",
