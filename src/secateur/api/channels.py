@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from secateur.api.blocks import prune_blocks
 from secateur.api.outputs import PruneResult
 from secateur.budgets import Target, parse_target, ratio_target
 from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
@@ -25,6 +26,7 @@ from secateur.graph.spaces import ChannelSpace, Graph, build
 from secateur.graph.tape import record
 from secateur.graph.verify import Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
+from secateur.methods.blocks import BlockMethod
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
 
@@ -103,6 +105,11 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
     clock = [time.perf_counter()]
     with MemoryWatch() as memory:
         host = ModuleHost(module, example_inputs)
+        if isinstance(method, BlockMethod):
+            losses, tick = losses_of(request.loss), lambda: clock.append(time.perf_counter())
+            less = prune_blocks(host, method, wanted, request.tolerance, batches, losses, request.seed, inplace, tick)
+            outcome = (less.model, less.removed, less.refused, less.achieved)
+            return _result(request, method, clock, memory.peak, outcome)
         found = build(host.network)
         clock.append(time.perf_counter())
         bench = host.bench(found, request.seed)
@@ -132,25 +139,37 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
             host.write(mended)
         result = (host.cut_in_place if inplace else host.with_tensors(mended).cut)(found, gone, verdict.literals)
         clock.append(time.perf_counter())
+    return _result(request, method, clock, memory.peak, (result, units, refused, _achieved(found, units)))
+
+
+def _result(
+    request: ModuleRequest,
+    method: GraphMethod | BlockMethod,
+    clock: Sequence[float],
+    peak: int,
+    outcome: tuple[nn.Module, Mapping[str, Sequence[int]], Mapping[str, str], Mapping[str, int]],
+) -> ModuleResult:
+    """What is told of a prune: the module, what was removed, what was refused, what remains."""
+    model, removed, refused, achieved = outcome
     return ModuleResult(
         method=method.name,
-        requested={"target": str(wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
-        achieved=_achieved(found, units),
+        requested={"target": str(request.wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
+        achieved=dict(achieved),
         perplexity=None,
         seconds=round(clock[-1] - clock[0], 3),
-        peak_rss_bytes=memory.peak,
+        peak_rss_bytes=peak,
         output=None,
         layout="module",
         loads_in={},
         seed=request.seed,
-        model=result,
-        removed=units,
+        model=model,
+        removed=removed,
         refused=refused,
         parts={part: end - start for part, (start, end) in zip(_PARTS, pairwise(clock), strict=True)},
     )
 
 
-def _batches(method: GraphMethod, request: ModuleRequest, module: nn.Module, example: Batch) -> Batches | None:
+def _batches(method: GraphMethod | BlockMethod, request: ModuleRequest, module: nn.Module, example: Batch) -> Batches | None:
     """Calibration data, where there is some; what the method needs must be there."""
     if request.data is None:
         if method.data == "none":

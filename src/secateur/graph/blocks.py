@@ -46,25 +46,54 @@ class Block:
         return self.step in other.region
 
 
-def find_blocks(graph: Graph) -> tuple[Block, ...]:
-    """All branches that add to a value which they were computed from, in the order of the run.
+class Depth:
+    """What a network can do without.
+
+    Attributes:
+        graph: its channels, and what its operations cost.
+        blocks: all branches that add to a value which they were computed from, in the order of the run. Blocks may
+            lie in others.
+        work: multiply-accumulates of every operation.
+        unused: positions of operations that nothing reads.
 
     The sum has the sizes of the shortcut, so that everything behind it can read the shortcut instead. Where sizes
     change (down-sampling, projected shortcuts), neither operand was computed from the other, and there is no block.
-    Blocks may lie in others.
     """
-    flow = _Flow(graph.network)
-    work = multiplications(graph)
-    found = []
-    for step, (shortcut, branch) in flow.sums():
-        region = flow.serving(step, branch)
-        own = flow.owned(region, graph.network)
-        params, macs = sum(int(np.prod(value.shape)) for value in own), sum(work[i] for i in region)
-        if params or macs:
-            out, names = flow.steps[step].outputs[0], tuple(value.name for value in own)
-            found.append(Block("", step, shortcut, branch, out, frozenset(region), names, params, macs))
-    called = _names(found, flow.steps)
-    return tuple(replace(block, name=name) for name, block in zip(called, found, strict=True))
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._flow = flow = _Flow(graph.network)
+        self.unused = frozenset(flow.dead)
+        counted: dict[Operation, int] = defaultdict(int)
+        for step, count in zip(graph.charged, graph.costs.each_macs(graph.gone({})).tolist(), strict=True):
+            counted[step] += count
+        self.work = [counted[step] for step in flow.steps]
+        found = []
+        for step, (shortcut, branch) in flow.sums():
+            region = flow.serving(step, branch)
+            own = flow.owned(region, graph.network)
+            params, macs = _elements(own), sum(self.work[i] for i in region)
+            if params or macs:
+                out, names = flow.steps[step].outputs[0], tuple(value.name for value in own)
+                found.append(Block("", step, shortcut, branch, out, frozenset(region), names, params, macs))
+        called = _names(found, flow.steps)
+        self.blocks = tuple(replace(block, name=name) for name, block in zip(called, found, strict=True))
+
+    def remaining(self, gone: Sequence[Block]) -> tuple[int, int]:
+        """Parameters and multiply-accumulates without some blocks."""
+        steps = {number for block in gone for number in block.region}
+        lost = _elements(self._flow.owned(steps, self.graph.network))
+        return self.graph.parameters() - lost, sum(self.work) - sum(self.work[i] for i in steps)
+
+    def by_module(self) -> Mapping[str, set[int]]:
+        """Positions of the operations that run in every module, those of its parts included."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for number, step in enumerate(self._flow.steps):
+            path = step.place
+            while path:
+                found[path].add(number)
+                path = path.rpartition(".")[0]
+        return found
 
 
 def outermost(blocks: Sequence[Block]) -> list[Block]:
@@ -72,25 +101,8 @@ def outermost(blocks: Sequence[Block]) -> list[Block]:
     return [block for block in blocks if not any(block.inside(other) for other in blocks)]
 
 
-def remaining(graph: Graph, blocks: Sequence[Block]) -> tuple[int, int]:
-    """Parameters and multiply-accumulates without some blocks."""
-    flow, work = _Flow(graph.network), multiplications(graph)
-    gone = {number for block in blocks for number in block.region}
-    lost = sum(int(np.prod(value.shape)) for value in flow.owned(gone, graph.network))
-    return graph.parameters() - lost, sum(work) - sum(work[i] for i in gone)
-
-
-def multiplications(graph: Graph) -> list[int]:
-    """Multiply-accumulates of every operation of the uncut network."""
-    found: dict[Operation, int] = defaultdict(int)
-    for step, count in zip(graph.charged, graph.costs.each_macs(graph.gone({})).tolist(), strict=True):
-        found[step] += count
-    return [found[step] for step in graph.network.operations]
-
-
-def unused(network: Network) -> set[int]:
-    """Positions of operations that nothing reads."""
-    return _Flow(network).dead
+def _elements(values: Sequence[Value]) -> int:
+    return sum(int(np.prod(value.shape)) for value in values)
 
 
 class _Flow:
@@ -191,14 +203,3 @@ def _common(places: Sequence[str]) -> str:
             break
         found.append(level[0])
     return ".".join(found)
-
-
-def by_module(graph: Graph) -> Mapping[str, set[int]]:
-    """Positions of the operations that run in every module, those of its parts included."""
-    found: dict[str, set[int]] = defaultdict(set)
-    for number, step in enumerate(graph.network.operations):
-        path = step.place
-        while path:
-            found[path].add(number)
-            path = path.rpartition(".")[0]
-    return found

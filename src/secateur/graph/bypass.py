@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secateur.graph.blocks import Block, by_module, multiplications, outermost, unused
-from secateur.graph.spaces import Graph
+from secateur.graph.blocks import Block, Depth, outermost
 from secateur.graph.host import Batch
 from secateur.graph.modules import ModuleBench, tensors_of
 from secateur.graph.state import shadow
@@ -56,33 +55,33 @@ class Bypass(nn.Module):
         return f"silent={self.silent}"
 
 
-def bypass(module: nn.Module, graph: Graph, inputs: Batch, blocks: Sequence[Block]) -> None:
+def bypass(module: nn.Module, depth: Depth, inputs: Batch, blocks: Sequence[Block]) -> None:
     """Replace blocks of a module in place.
 
     A module that does nothing but the block becomes ``nn.Identity``, or the activation behind its addition. Else the
     parts that serve the branch alone give their input, and the last of them zeros.
 
     Args:
-        module: as it was when the graph was made.
-        inputs: as then.
+        module: as it was recorded.
+        depth: what it can do without.
+        inputs: as it was recorded on.
+        blocks: some of these.
 
     Raises:
         CannotBypass: multiplications of a block stand in the code of a module that does more.
     """
-    gone = outermost(blocks)
-    work, modules = multiplications(graph), by_module(graph)
-    dead = unused(graph.network)
+    modules, dead = depth.by_module(), depth.unused
     exchanged: dict[str, nn.Module | bool] = {}
-    for block in gone:
-        whole = _whole(block, graph, modules, dead)
+    for block in outermost(blocks):
+        whole = _whole(block, depth, modules)
         if whole is not None:
             exchanged[whole[0]] = whole[1]
             continue
         parts = [path for path, own in modules.items() if own <= block.region | dead and own & block.region]
         parts = [path for path in parts if path.rpartition(".")[0] not in parts]
         inside = set().union(*(modules[path] for path in parts)) if parts else set()
-        if bare := [i for i in block.region - inside if work[i]]:
-            place = graph.network.operations[bare[0]].place or "the network itself"
+        if bare := [i for i in block.region - inside if depth.work[i]]:
+            place = depth.graph.network.operations[bare[0]].place or "the network itself"
             raise CannotBypass(f"a multiplication of it stands in the code of {place}")
         last = max(parts, key=lambda path: max(modules[path] & block.region - dead, default=-1))
         exchanged |= {path: path == last for path in parts}
@@ -95,15 +94,13 @@ def bypass(module: nn.Module, graph: Graph, inputs: Batch, blocks: Sequence[Bloc
         setattr(module.get_submodule(owner), leaf, new.train(module.training))
 
 
-def _whole(
-    block: Block, graph: Graph, modules: Mapping[str, set[int]], dead: Collection[int]
-) -> tuple[str, nn.Module] | None:
+def _whole(block: Block, depth: Depth, modules: Mapping[str, set[int]]) -> tuple[str, nn.Module] | None:
     """The smallest module that the block fills, and what stands for it then."""
-    steps = graph.network.operations
+    steps = depth.graph.network.operations
     path = steps[block.step].place
     while path and not block.region <= modules[path]:
         path = path.rpartition(".")[0]
-    rest = sorted(modules[path] - block.region - {block.step} - set(dead)) if path else []
+    rest = sorted(modules[path] - block.region - {block.step} - depth.unused) if path else []
     value, after = block.out, []
     for number in rest:
         name = steps[number].source.rstrip("_")
@@ -142,7 +139,7 @@ def _forms(module: nn.Module, inputs: Batch, paths: Sequence[str]) -> dict[str, 
     return found
 
 
-def unsound(bench: ModuleBench, blocks: Sequence[Block]) -> str:
+def unsound(bench: ModuleBench, depth: Depth, blocks: Sequence[Block]) -> str:
     """Why a module with some blocks replaced differs from one that computes the shortcuts there; empty if it does not.
 
     Both run with stirred parameters in float64; the second is the whole module, in whose run the sums are overwritten.
@@ -150,7 +147,7 @@ def unsound(bench: ModuleBench, blocks: Sequence[Block]) -> str:
     with torch.inference_mode():
         small = shadow(bench.copy)
         try:
-            bypass(small, bench.graph, bench.inputs, blocks)
+            bypass(small, depth, bench.inputs, blocks)
             found = tensors_of(call(small, bench.inputs))
         except CannotBypass as error:
             return str(error)

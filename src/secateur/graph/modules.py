@@ -68,9 +68,15 @@ class ModuleHost:
             for name, value in tensors.items():
                 tensor_at(self.module, name).copy_(value)
 
-    def run(self, inputs: Batch, watch: Collection[Value] = ()) -> tuple[list[Tensor], dict[Value, Tensor]]:
-        """See :meth:`secateur.graph.host.Host.run`; without anything to watch the module just runs."""
-        return replay(self.module, inputs, self.network, watch)
+    def run(
+        self, inputs: Batch, watch: Collection[Value] = (), instead: Mapping[Value, Value] | None = None
+    ) -> tuple[list[Tensor], dict[Value, Tensor]]:
+        """See :meth:`secateur.graph.host.Host.run`; without anything to watch or change the module just runs.
+
+        Args:
+            instead: for values that one operation makes, the one of its tensors that is taken in their place.
+        """
+        return replay(self.module, inputs, self.network, watch, instead)
 
     def bench(self, graph: Graph, seed: int = 0) -> ModuleBench:
         return ModuleBench(self.module, graph, self.inputs, seed)
@@ -244,4 +250,5 @@ def _double(leaf: Any) -> Any:
 
 
 def tensors_of(result: Any) -> list[Tensor]:
+    """The real numbers among what a module returned."""
     return [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from secateur.methods.base import Method, Named
+    from secateur.methods.blocks import BlockMethod
     from secateur.methods.channels import GraphMethod
+
 
 ENTRY_POINTS: Final = "secateur.methods"
 _OURS: Final = {
@@ -34,6 +36,7 @@ _OURS: Final = {
     "grasp": "secateur.methods.snip:Grasp",
     "joint": "secateur.methods.joint:Joint",
     "lamp": "secateur.methods.densities:Lamp",
+    "layers_lottery": "secateur.methods.layers_lottery:LayersLottery",
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
@@ -99,17 +102,18 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     return made
 
 
-def make_graph_method(name: str, options: Mapping[str, Any]) -> GraphMethod:
+def make_graph_method(name: str, options: Mapping[str, Any]) -> GraphMethod | BlockMethod:
     """A method for modules with its options checked against its schema.
 
     Raises:
         RequestError: unknown method, one for checkpoints, unknown option (near matches), or a value out of range.
     """
+    from secateur.methods.blocks import BlockMethod
     from secateur.methods.channels import GraphMethod
 
     made = _make(name, options)
-    if not isinstance(made, GraphMethod):
-        known = ", ".join(each for each in method_names() if issubclass(method_class(each), GraphMethod))
+    if not isinstance(made, GraphMethod | BlockMethod):
+        known = ", ".join(each for each in method_names() if method_class(each).group == "graph")
         refuse(
             "method-on-checkpoints",
             f"method {name!r} with example_inputs",
