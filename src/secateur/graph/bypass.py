@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -59,7 +59,7 @@ def bypass(module: nn.Module, depth: Depth, inputs: Batch, blocks: Sequence[Bloc
     """Replace blocks of a module in place.
 
     A module that does nothing but the block becomes ``nn.Identity``, or the activation behind its addition. Else the
-    parts that serve the branch alone give their input, and the last of them zeros.
+    parts that serve the branch alone give their input, and the last of them, and whatever goes past it, zeros.
 
     Args:
         module: as it was recorded.
@@ -84,7 +84,8 @@ def bypass(module: nn.Module, depth: Depth, inputs: Batch, blocks: Sequence[Bloc
             place = depth.graph.network.operations[bare[0]].place or "the network itself"
             raise CannotBypass(f"a multiplication of it stands in the code of {place}")
         last = max(parts, key=lambda path: max(modules[path] & block.region - dead, default=-1))
-        exchanged |= {path: path == last for path in parts}
+        past = _reaching(block, depth, modules.get(last, set()))
+        exchanged |= {path: path == last or bool(modules[path] & past) for path in parts}
     forms = _forms(module, inputs, [path for path, new in exchanged.items() if isinstance(new, bool)])
     for path, new in exchanged.items():
         if isinstance(new, bool):
@@ -115,6 +116,17 @@ def _whole(block: Block, depth: Depth, modules: Mapping[str, set[int]]) -> tuple
         return path, nn.Identity()
     new = [_AFTER[name]() for name in after]
     return path, new[0] if len(new) == 1 else nn.Sequential(*new)
+
+
+def _reaching(block: Block, depth: Depth, without: Collection[int]) -> set[int]:
+    """Operations of a block from which a way leads to its addition past some others."""
+    wanted, found = {block.branch}, set()
+    for number in sorted(block.region - set(without), reverse=True):
+        step = depth.graph.network.operations[number]
+        if wanted & set(step.outputs):
+            found.add(number)
+            wanted |= set(step.inputs.values())
+    return found
 
 
 def _forms(module: nn.Module, inputs: Batch, paths: Sequence[str]) -> dict[str, tuple[Any, bool]]:

@@ -1,0 +1,304 @@
+"""Residual blocks: found where there are some, left out exactly, and what a method of blocks decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import secateur
+from graph_nets import net
+from secateur import SecateurError
+from secateur.api.channels import prune_module
+from secateur.graph.blocks import Depth
+from secateur.graph.bypass import Bypass, bypass, unsound
+from secateur.graph.modules import ModuleHost
+from secateur.graph.spaces import build
+from secateur.scores.parameters import grasp, snip, synflow
+from secateur.scores.similarity import linear_cka
+
+
+class Basic(nn.Module):
+    """A basic block; ReLU after the addition, in place; the first of a stage is wider and strided."""
+
+    def __init__(self, before: int, after: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.second, self.act = nn.Conv2d(after, after, 3, padding=1), nn.ReLU(inplace=True)
+        self.short = nn.Conv2d(before, after, 1, stride) if before != after else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.norm(self.first(x)).relu())
+        y += self.short(x)
+        return self.act(y)
+
+
+class Deep(nn.Sequential):
+    """Two stages of three blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.Sequential(*(Basic(6, 6) for _ in range(3))),
+            nn.Sequential(Basic(6, 8, 2), Basic(8, 8), Basic(8, 8)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+
+
+class Layer(nn.Module):
+    """A transformer layer of submodules, one of which returns more than a tensor; attention weights are read by nobody."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
+        self.after, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.after(x))
+
+
+class Layers(nn.Sequential):
+    """Transformer layers behind an embedding of patches."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 8), *(Layer(8) for _ in range(3)), nn.Linear(8, 4))
+
+
+def deep() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Deep().eval(), torch.randn(2, 3, 8, 8)
+
+
+def layers() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Layers().eval(), torch.randn(2, 6, 5)
+
+
+def depth_of(module: nn.Module, inputs: Tensor) -> tuple[Depth, ModuleHost]:
+    host = ModuleHost(module, inputs)
+    return Depth(build(host.network)), host
+
+
+FOUND = {
+    deep: ["1.0", "1.1", "1.2", "2.1", "2.2"],
+    layers: [f"{i}.{part}" for i in (1, 2, 3) for part in ("attention", "mlp")],
+}
+
+
+@pytest.mark.parametrize("make", FOUND)
+def test_blocks_are_found_and_left_out_exactly(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    """Each alone and all together; parameters and multiplications are those of the module that remains."""
+    module, inputs = make()
+    depth, host = depth_of(module, inputs)
+    assert [block.name for block in depth.blocks] == FOUND[make]
+    bench = host.bench(depth.graph)
+    for blocks in (*([block] for block in depth.blocks), depth.blocks, depth.blocks[::2]):
+        assert unsound(bench, depth, blocks) == ""
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        small = type(module)().eval()
+        small.load_state_dict(module.state_dict())
+        bypass(small, depth, inputs, blocks)
+        params, macs = depth.remaining(blocks)
+        again = build(ModuleHost(small, inputs).network)
+        assert params == sum(p.numel() for p in small.parameters())
+        assert macs == again.costs.macs(again.gone({}))
+        shortcuts = {block.out: block.shortcut for block in blocks}
+        assert torch.allclose(host.run(inputs, instead=shortcuts)[0][0], small(inputs), atol=1e-6)
+        assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
+
+
+def test_blocks_are_identities_where_they_can_be() -> None:
+    """Behind a ReLU a second one does nothing; behind anything else it stays."""
+    module, inputs = deep()
+    depth, _ = depth_of(module, inputs)
+    bypass(module, depth, inputs, depth.blocks)
+    assert isinstance(module[1], nn.Sequential)
+    assert [type(module[1][i]) for i in range(3)] == [nn.ReLU, nn.Identity, nn.Identity]
+    module, inputs = layers()
+    depth, _ = depth_of(module, inputs)
+    bypass(module, depth, inputs, depth.blocks[:1])
+    assert isinstance(module[1].before, nn.Identity)  # type: ignore[union-attr]
+    assert isinstance(module[1].attention, Bypass)  # type: ignore[union-attr]
+    assert isinstance(module[1].mlp, nn.Sequential)  # type: ignore[union-attr]
+
+
+class Nested(nn.Module):
+    """A block in the branch of another, and one whose branch is read elsewhere too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.outer, self.inner = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.shared, self.head = nn.Linear(6, 6), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        y = self.outer(x).relu()
+        x = x + (y + self.inner(y).relu())
+        seen = self.shared(x).relu()
+        return self.head(torch.cat([x + seen, seen], -1))
+
+
+def test_what_is_read_elsewhere_stays_and_blocks_may_lie_in_others() -> None:
+    torch.manual_seed(0)
+    module, inputs = Nested().eval(), torch.randn(2, 3)
+    depth, host = depth_of(module, inputs)
+    assert [(block.name, block.params) for block in depth.blocks] == [("inner", 42), ("outer", 84)]
+    assert depth.blocks[0].inside(depth.blocks[1])
+    assert depth.remaining(depth.blocks) == depth.remaining(depth.blocks[1:])
+    bench = host.bench(depth.graph)
+    assert [unsound(bench, depth, each) for each in ([depth.blocks[0]], [depth.blocks[1]], depth.blocks)] == [""] * 3
+
+
+def test_code_that_multiplies_outside_of_submodules_is_refused() -> None:
+    """The attention of this network stands in the code of the network itself."""
+    module, inputs = net("transformer")
+    depth, host = depth_of(module, inputs)
+    bench = host.bench(depth.graph)
+    reasons = [unsound(bench, depth, [block]) for block in depth.blocks]
+    assert len(reasons) == 2
+    assert "stands in the code of" in reasons[0]
+    assert reasons[1] == ""
+    result = prune_module(module, inputs, {"method": "layers_lottery", "ratio": 0.3, "tolerance": 0.3, **_l1(keep=0)})
+    assert set(result.refused) == {depth.blocks[0].name}
+    assert set(result.removed) == {depth.blocks[1].name}
+
+
+def test_networks_without_shortcuts_have_no_blocks() -> None:
+    for name in ("concatenated", "padded", "grouped", "recurrent", "strange"):
+        assert depth_of(*net(name))[0].blocks == (), name
+
+
+def _l1(**more: object) -> dict[str, object]:
+    return {"options": {"criterion": "l1", **more}}
+
+
+def labelled(inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(inputs, torch.randint(4, inputs.shape[:1], generator=generator)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("criterion", ["grasp", "snip", "synflow", "l1", "cka", "kl", "random"])
+def test_every_criterion_decides_and_repeats(criterion: str) -> None:
+    module, inputs = deep()
+    values = {"method": "layers_lottery", "target": ["flops=75%"], "tolerance": 0.1, "data": labelled(inputs)}
+    options = {"criterion": criterion}
+    first, again = (prune_module(module, inputs, {**values, "options": options}) for _ in range(2))
+    assert first.removed == again.removed
+    assert first.removed
+    assert first.model is not None
+    kept = dict(first.model.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in module.named_parameters() if name in kept)
+    assert abs(first.achieved["flops"] / first.achieved["flops_before"] - 0.75) <= 0.1
+
+
+def test_blocks_that_do_nothing_go_first() -> None:
+    """With a silent last convolution, the network is the same without the block; by KL and CKA it is the first to go."""
+    module, inputs = deep()
+    dead = module[1][1]  # type: ignore[index]
+    with torch.no_grad():
+        dead.second.weight.zero_()  # type: ignore[union-attr]
+        dead.second.bias.zero_()  # type: ignore[union-attr]
+    for criterion in ("kl", "cka"):
+        values = {"method": "layers_lottery", "ratio": 0.2, "tolerance": 0.15, "data": [torch.randn(16, 3, 8, 8)]}
+        result = prune_module(module, inputs, {**values, "options": {"criterion": criterion}})
+        assert result.model is not None
+        assert next(iter(result.removed)) == "1.1"
+        if len(result.removed) == 1:
+            assert torch.allclose(result.model(inputs), module(inputs), atol=1e-6)
+
+
+def test_blocks_of_every_stage_stay() -> None:
+    module, inputs = deep()
+    with pytest.raises(SecateurError, match="whole blocks come to") as failure:
+        secateur.prune(module, method="layers_lottery", target=["flops=20%"], example_inputs=inputs, **_l1())  # type: ignore[arg-type]
+    assert failure.value.exit_code == 2
+    values = {"method": "layers_lottery", "target": ["flops=30%"], "tolerance": 0.2}
+    assert not {"1.0", "1.1", "1.2"} <= set(prune_module(module, inputs, {**values, **_l1(keep=1)}).removed)
+    assert {"1.0", "1.1", "1.2"} <= set(prune_module(module, inputs, {**values, **_l1(keep=0)}).removed)
+
+
+def test_data_is_asked_for() -> None:
+    module, inputs = deep()
+    with pytest.raises(SecateurError) as failure:
+        secateur.prune(module, method="layers_lottery", ratio=0.2, example_inputs=inputs)
+    assert failure.value.code == "no-data"
+
+
+def test_nothing_to_remove_gives_an_equal_copy() -> None:
+    module, inputs = deep()
+    result = prune_module(module, inputs, {"method": "layers_lottery", "ratio": 0.0, **_l1()})
+    assert result.model is not None
+    assert result.model is not module
+    assert result.removed == {}
+    assert torch.equal(result.model(inputs), module(inputs))
+
+
+def chain() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False)).double()
+    return module, [(torch.randn(4, 5).double(), torch.randint(3, (4,))) for _ in range(2)]
+
+
+def mean_loss(module: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.stack([functional.cross_entropy(module(x), y) for x, y in batches]).mean()
+
+
+def test_snip_is_the_gradient_of_a_mask() -> None:
+    module, batches = chain()
+    found = snip(module, batches, functional.cross_entropy)
+    for name, value in module.named_parameters():
+        mask = torch.ones_like(value, requires_grad=True)
+        masked = {**dict(module.named_parameters()), name: value * mask}
+        loss = torch.stack(
+            [functional.cross_entropy(torch.func.functional_call(module, masked, (x,)), y) for x, y in batches]
+        ).mean()
+        assert torch.allclose(found[name], torch.autograd.grad(loss, mask)[0].abs())
+
+
+def test_grasp_is_half_the_derivative_of_the_squared_gradient() -> None:
+    """Against finite differences along each weight."""
+    module, batches = chain()
+    found = grasp(module, batches, functional.cross_entropy)
+
+    def flow() -> float:
+        slopes = torch.autograd.grad(mean_loss(module, batches), list(module.parameters()))
+        return 0.5 * float(sum(slope.square().sum() for slope in slopes))
+
+    for name, value in module.named_parameters():
+        for index in ((0, 0), (1, 2)):
+            kept = value.detach()[index].clone()
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    value[index] = kept * (1 + sign * 1e-5)
+                ends.append(flow())
+            with torch.no_grad():
+                value[index] = kept
+            assert float(found[name][index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-9)
+
+
+def test_synflow_is_conserved() -> None:
+    """All layers of a chain without biases have one sum."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU(), nn.Linear(7, 3, bias=False))
+    sums = [float(score.sum()) for score in synflow(module, torch.randn(2, 5)).values()]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-9)
+    assert sums[0] > 0
+
+
+def test_cka_sees_past_rotations_and_scales() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 6)
+    turned = x @ torch.linalg.qr(torch.randn(6, 6)).Q * 3 + 1
+    assert linear_cka(x, turned) == pytest.approx(1, abs=1e-6)
+    assert linear_cka(x, torch.randn(20, 6)) < 0.7
+    wide = torch.randn(20, 50)
+    assert linear_cka(wide, wide[:, torch.randperm(50)]) == pytest.approx(1, abs=1e-6)
+    assert linear_cka(x, torch.zeros(20, 3)) == 0.0
