@@ -51,7 +51,7 @@ class Deep(nn.Sequential):
 
 
 class Layer(nn.Module):
-    """A transformer layer of submodules, one of which returns more than a tensor; attention weights are read by nobody."""
+    """A transformer layer of submodules, one of which returns more than a tensor."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_every_criterion_decides_and_repeats(criterion: str) -> None:
 
 
 def test_blocks_that_do_nothing_go_first() -> None:
-    """With a silent last convolution, the network is the same without the block; by KL and CKA it is the first to go."""
+    """With a silent last convolution, the network is the same without the block; KL and CKA see that."""
     module, inputs = deep()
     dead = module[1][1]  # type: ignore[index]
     with torch.no_grad():

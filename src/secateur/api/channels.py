@@ -169,7 +169,9 @@ def _result(
     )
 
 
-def _batches(method: GraphMethod | BlockMethod, request: ModuleRequest, module: nn.Module, example: Batch) -> Batches | None:
+def _batches(
+    method: GraphMethod | BlockMethod, request: ModuleRequest, module: nn.Module, example: Batch
+) -> Batches | None:
     """Calibration data, where there is some; what the method needs must be there."""
     if request.data is None:
         if method.data == "none":

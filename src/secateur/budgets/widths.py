@@ -7,7 +7,7 @@ linear functions of x. What is maximised is linear in x, so that there is one op
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -69,13 +69,13 @@ class Depth:
             counted[step] += count
         self.work = [counted[step] for step in flow.steps]
         found = []
-        for step, (shortcut, branch) in flow.sums():
-            region = flow.serving(step, branch)
+        for number, (shortcut, branch) in flow.sums():
+            region = flow.serving(number, branch)
             own = flow.owned(region, graph.network)
             params, macs = _elements(own), sum(self.work[i] for i in region)
             if params or macs:
-                out, names = flow.steps[step].outputs[0], tuple(value.name for value in own)
-                found.append(Block("", step, shortcut, branch, out, frozenset(region), names, params, macs))
+                out, names = flow.steps[number].outputs[0], tuple(value.name for value in own)
+                found.append(Block("", number, shortcut, branch, out, frozenset(region), names, params, macs))
         called = _names(found, flow.steps)
         self.blocks = tuple(replace(block, name=name) for name, block in zip(called, found, strict=True))
 

@@ -30,7 +30,7 @@ _AFTER: Final[Mapping[str, Callable[[], nn.Module]]] = {
 _IDEMPOTENT: Final = frozenset({"relu", "relu6"})
 
 
-class CannotBypass(Exception):
+class NoBypassError(Exception):
     """A block that no exchange of submodules leaves out."""
 
 
@@ -68,7 +68,7 @@ def bypass(module: nn.Module, depth: Depth, inputs: Batch, blocks: Sequence[Bloc
         blocks: some of these.
 
     Raises:
-        CannotBypass: multiplications of a block stand in the code of a module that does more.
+        NoBypassError: multiplications of a block stand in the code of a module that does more.
     """
     modules, dead = depth.by_module(), depth.unused
     exchanged: dict[str, nn.Module | bool] = {}
@@ -82,7 +82,7 @@ def bypass(module: nn.Module, depth: Depth, inputs: Batch, blocks: Sequence[Bloc
         inside = set().union(*(modules[path] for path in parts)) if parts else set()
         if bare := [i for i in block.region - inside if depth.work[i]]:
             place = depth.graph.network.operations[bare[0]].place or "the network itself"
-            raise CannotBypass(f"a multiplication of it stands in the code of {place}")
+            raise NoBypassError(f"a multiplication of it stands in the code of {place}")
         last = max(parts, key=lambda path: max(modules[path] & block.region - dead, default=-1))
         past = _reaching(block, depth, modules.get(last, set()))
         exchanged |= {path: path == last or bool(modules[path] & past) for path in parts}
@@ -161,7 +161,7 @@ def unsound(bench: ModuleBench, depth: Depth, blocks: Sequence[Block]) -> str:
         try:
             bypass(small, depth, bench.inputs, blocks)
             found = tensors_of(call(small, bench.inputs))
-        except CannotBypass as error:
+        except NoBypassError as error:
             return str(error)
         except Exception as error:  # the module's own code may fail in any way
             return f"without it the module does not run: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""What a method is that leaves out whole residual branches of any network: a score for each, asked again every round."""
+"""What a method is that leaves out whole residual branches of any network: a score for each, in every round."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ class BlockMethod(Named):
 
     group: ClassVar[str] = "graph"
 
-    keep: int = Field(1, ge=0, description="blocks that stay of every stage, that is among those whose streams have one size")
+    keep: int = Field(
+        1, ge=0, description="blocks that stay of every stage, that is among those whose streams have one size"
+    )
     per_cost: bool = Field(False, description="divide scores by what a block costs in the target's measure")
 
     def score(self, study: BlockStudy) -> list[float]:
@@ -96,7 +98,7 @@ class BlockMethod(Named):
         raise NotImplementedError
 
     def decide(self, study: BlockStudy, target: Target, tolerance: float) -> tuple[Block, ...]:
-        """Blocks that go, in their order: the one with the lowest score in every round, as long as the target gets nearer.
+        """Blocks that go, in order: the one with the lowest score in every round, as long as the target gets nearer.
 
         Raises:
             RequestError: the target is not reached; names the nearest.

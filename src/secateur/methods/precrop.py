@@ -45,7 +45,7 @@ class PreCrop(GraphMethod):
         return choose(self._scores(study, shares), target)
 
     def _scores(self, study: ChannelStudy, shares: np.ndarray) -> dict[str, Tensor]:
-        """Units of a space in some order, above 1 as far as the space's share goes: the widths, then a little of all."""
+        """Units of a space in some order, at least 1 as far as its share goes: the nearest size is found from there."""
         found = {}
         for space, share in zip(study.spaces, shares.tolist(), strict=True):
             place = torch.arange(1, space.size + 1, dtype=torch.float64)

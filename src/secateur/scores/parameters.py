@@ -33,7 +33,8 @@ def snip(module: nn.Module, batches: Labelled, loss: Loss, live: bool = False) -
 def grasp(module: nn.Module, batches: Labelled, loss: Loss, live: bool = False) -> dict[str, Tensor]:
     """weight x (H g), by name (arXiv:2002.07376): by how much the gradient's square falls, to first order, without it.
 
-    Half of the derivative of |g|^2 along the weight; what is least hinders the flow of gradients. Args: see :func:`snip`.
+    Half of the derivative of |g|^2 along the weight; what is least hinders the flow of gradients.
+    Args: see :func:`snip`.
     """
     own, names, values = _copy(module, live)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
@@ -41,9 +42,7 @@ def grasp(module: nn.Module, batches: Labelled, loss: Loss, live: bool = False) 
         total = [torch.zeros_like(value) for value in values]
         for inputs, labels in batches:
             slopes = torch.autograd.grad(loss(call(own, inputs), labels), values, create_graph=True, allow_unused=True)
-            flow = sum(
-                (g * s).sum() for g, s in zip(slopes, stopped, strict=True) if g is not None and g.requires_grad
-            )
+            flow = sum((g * s).sum() for g, s in zip(slopes, stopped, strict=True) if g is not None and g.requires_grad)
             if not isinstance(flow, Tensor):
                 continue
             curved = torch.autograd.grad(flow, values, allow_unused=True)
