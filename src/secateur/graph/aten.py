@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -28,20 +29,21 @@ def read(
         outputs: what it made.
         place: path of the module that called it.
     """
+    name, names, defaults, reader = _signature(func)
+    op, inputs, attrs = reader({**defaults, **dict(zip(names, args, strict=False)), **kwargs}, outputs)
+    return Operation(op, inputs, tuple(outputs), attrs, place, name)
+
+
+@cache
+def _signature(func: torch._ops.OpOverload) -> tuple[str, tuple[str, ...], dict[str, Any], Reader]:
+    """Name of an operator, of its arguments, their defaults, and what reads a call of it."""
     schema = func._schema
-    given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    given.update({argument.name: value for argument, value in zip(schema.arguments, args, strict=False)})
-    given.update(kwargs)
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     name = name_of(func)
     reader = _READERS.get(name) or _READERS.get(name.rstrip("_"))
-    tensors = _tensors(given)
-    if reader is not None:
-        op, inputs, attrs = reader(given, outputs)
-    elif torch.Tag.pointwise in func.tags:
-        op, inputs, attrs = "elementwise", tensors, {}
-    else:
-        op, inputs, attrs = name, tensors, {}
-    return Operation(op, inputs, tuple(outputs), attrs, place, name)
+    if reader is None:
+        reader = _all("elementwise" if torch.Tag.pointwise in func.tags else name)
+    return name, tuple(argument.name for argument in schema.arguments), defaults, reader
 
 
 def name_of(func: torch._ops.OpOverload) -> str:

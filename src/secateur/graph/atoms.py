@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,11 @@ class Atoms:
         """Make two axes of one size the same, position by position; returns the one that stands for both."""
         if left is right:
             return left
-        self._left.append(left)
-        self._right.append(right)
-        return right if is_frozen(right) else left
+        stuck = is_frozen(right)
+        if not (stuck and is_frozen(left)):
+            self._left.append(left)
+            self._right.append(right)
+        return right if stuck else left
 
     def freeze(self, axis: Axis) -> Axis:
         """Forbid every change of an axis."""
@@ -105,6 +108,7 @@ class Classes:
         self.parent = parent
         self.links = [Link(parent[link.flat], tuple(parent[f] for f in link.factors)) for link in links]
         self._freeze()
+        self._found: dict[int, tuple[Axis, Axis]] = {}
         self._composed = np.zeros(len(parent), dtype=bool)
         self._linked = np.zeros(len(parent), dtype=bool)
         for link in self.links:
@@ -112,9 +116,11 @@ class Classes:
             self._linked[np.concatenate([link.flat, *link.factors])] = True
 
     def of(self, axis: Axis) -> Axis:
-        """The class of every position of an axis."""
-        found: Axis = self.parent[axis]
-        return found
+        """The class of every position of an axis; one array gives one array."""
+        known = self._found.get(id(axis))
+        if known is None or known[0] is not axis:
+            known = self._found[id(axis)] = (axis, axis if axis is frozen(len(axis)) else self.parent.take(axis))
+        return known[1]
 
     def __len__(self) -> int:
         return len(self.parent)
@@ -142,14 +148,19 @@ class Classes:
             ]
 
 
+@lru_cache(maxsize=4096)
 def frozen(size: int) -> Axis:
-    """An axis that cannot change."""
-    return np.zeros(size, dtype=np.int64)
+    """An axis that cannot change; one array for all of a size."""
+    found = np.zeros(size, dtype=np.int64)
+    found.flags.writeable = False
+    return found
 
 
 def is_frozen(axis: Axis) -> bool:
     """Whether an axis is known to be frozen already while rules run."""
-    return not axis.any()
+    if not len(axis) or axis is frozen(len(axis)):
+        return True
+    return not axis.item(0) and not axis.any()
 
 
 def along(values: NDArray[Any], position: int, rank: int) -> NDArray[Any]:

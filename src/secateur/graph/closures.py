@@ -8,6 +8,7 @@ by one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +27,7 @@ def closed_sets(classes: Classes) -> Iterator[list[Axis]]:
             if len(seeds):
                 found = search.together(seeds)
                 units = search.one_by_one(seeds) if found is None else found
-                for unit in units:
-                    done[unit] = True
-                done[seeds] = True
+                done[np.concatenate([seeds, *units])] = True
                 if units:
                     yield units
 
@@ -48,7 +47,7 @@ class _Search:
         start = np.searchsorted(self._atoms, atoms, "left")
         count = np.searchsorted(self._atoms, atoms, "right") - start
         index = np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
-        return [int(number) for number in np.unique(self._numbers[index])]
+        return sorted(set(self._numbers[index].tolist()))
 
     def together(self, seeds: Axis) -> list[Axis] | None:
         """The closed sets around each of some classes; None where they are not disjoint, or hold something frozen."""
@@ -56,18 +55,23 @@ class _Search:
         label[seeds] = np.arange(len(seeds))
         queue, alright = self._touched(seeds), True
         while queue and alright:
-            more = _spread(self._links[queue.pop(0)], label)
-            if more is None or (more == 0).any():
+            current = queue.pop(0)
+            spread = _spread(self._links[current], label)
+            if spread is None or not spread[0].all():
                 alright = False
-            elif len(more):
+            elif len(spread[0]):
+                more, settled = spread
                 marked.append(more)
-                queue += [number for number in self._touched(more) if number not in queue]
+                queue += [n for n in self._touched(more) if n not in queue and not (settled and n == current)]
         members = np.unique(np.concatenate(marked))
-        order = np.argsort(label[members], kind="stable")
-        units = np.split(members[order], np.searchsorted(label[members][order], np.arange(1, len(seeds))))
+        labels = label[members]
         label[members] = -1
         label[0] = -1
-        return units if alright else None
+        if not alright:
+            return None
+        members = members[np.argsort(labels, kind="stable")]
+        bounds = np.cumsum([0, *np.bincount(labels, minlength=len(seeds))]).tolist()
+        return [members[start:end] for start, end in pairwise(bounds)]
 
     def one_by_one(self, seeds: Axis) -> list[Axis]:
         """The closed sets around each of some classes, but those that hold something frozen."""
@@ -88,35 +92,45 @@ class _Search:
         return frozenset(gone.tolist())
 
 
-def _spread(link: Link, label: Axis) -> Axis | None:
-    """Label what must go with what is labelled, in one link; returns it, or None where two labels meet."""
+def _spread(link: Link, label: Axis) -> tuple[Axis, bool] | None:
+    """Label what must go with what is labelled, in one link.
+
+    Returns:
+        What was labelled, and whether the link holds now; None where two labels meet.
+    """
     rank = len(link.factors)
     induced = np.full(link.shape, -1, dtype=np.int64)
+    before = [label[factor] for factor in link.factors]
+    for position, labels in enumerate(before):
+        if (labels >= 0).any():
+            own = along(labels, position, rank)
+            if ((own >= 0) & (induced >= 0) & (own != induced)).any():
+                return None
+            induced = np.where(own >= 0, own, induced)
+    entries = label[link.flat]
+    wanted = induced.ravel()
+    known, sought = entries >= 0, wanted >= 0
+    if (known & sought & (entries != wanted)).any():
+        return None
+    new = sought & ~known
+    found, labels = link.flat[new], wanted[new]
+    label[found] = labels
+    if (label[found] != labels).any():
+        return None
+    bare = known & ~sought
+    if not bare.any():
+        after = (label[factor] for factor in link.factors)
+        return found, all((one == other).all() for one, other in zip(before, after, strict=True))
+    slabs, lone = entries.reshape(link.shape), bare.reshape(link.shape)
     for position, factor in enumerate(link.factors):
-        own = np.broadcast_to(along(label[factor], position, rank), link.shape)
-        if ((own >= 0) & (induced >= 0) & (own != induced)).any():
-            return None
-        induced = np.where(own >= 0, own, induced)
-    entries = label[link.flat].reshape(link.shape)
-    if ((entries >= 0) & (induced >= 0) & (entries != induced)).any():
-        return None
-    new = ((induced >= 0) & (entries < 0)).ravel()
-    found = [link.flat[new]]
-    label[found[0]] = induced.ravel()[new]
-    if (label[found[0]] != induced.ravel()[new]).any():
-        return None
-    bare = (entries >= 0) & (induced < 0)
-    if bare.any():
-        for position, factor in enumerate(link.factors):
-            others = tuple(axis for axis in range(rank) if axis != position)
-            needed = bare.any(axis=others)
-            least, most = entries.min(axis=others), entries.max(axis=others)
-            if (least == most)[needed].all():
-                atoms, labels = factor[needed], least[needed]
-                label[atoms] = labels
-                return None if (label[atoms] != labels).any() else np.concatenate([*found, atoms])
-        return None
-    return np.unique(found[0])
+        others = tuple(axis for axis in range(rank) if axis != position)
+        needed = lone.any(axis=others)
+        least, most = slabs.min(axis=others), slabs.max(axis=others)
+        if (least == most)[needed].all():
+            atoms, labels = factor[needed], least[needed]
+            label[atoms] = labels
+            return None if (label[atoms] != labels).any() else (np.concatenate([found, atoms]), False)
+    return None
 
 
 def _completed(link: Link, gone: Axis) -> Axis:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.graph.atoms import Axis
+from secateur.graph.atoms import Axis, frozen
 
 Term = Sequence[Axis]
 """Axes whose sizes are multiplied."""
@@ -23,6 +23,7 @@ class Costs:
 
     def __init__(self, params: Sequence[Term], macs: Sequence[Term]) -> None:
         self._numbers: dict[bytes, int] = {}
+        self._seen: dict[int, tuple[Axis, int]] = {}
         self._axes: list[Axis] = []
         self._params = self._terms(params)
         self._macs = self._terms(macs)
@@ -31,7 +32,7 @@ class Costs:
 
     def _terms(self, terms: Sequence[Term]) -> NDArray[np.int64]:
         """Numbers of the axes of every term, padded with that of an axis of size 1."""
-        one = self._number(np.zeros(1, dtype=np.int64))
+        one = self._number(frozen(1))
         width = max(map(len, terms), default=1)
         table = np.full((len(terms), max(width, 1)), one, dtype=np.int64)
         for row, term in enumerate(terms):
@@ -39,11 +40,13 @@ class Costs:
         return table
 
     def _number(self, axis: Axis) -> int:
-        key = axis.tobytes()
-        if key not in self._numbers:
-            self._numbers[key] = len(self._axes)
-            self._axes.append(axis)
-        return self._numbers[key]
+        seen = self._seen.get(id(axis))
+        if seen is None or seen[0] is not axis:
+            number = self._numbers.setdefault(axis.tobytes(), len(self._axes))
+            if number == len(self._axes):
+                self._axes.append(axis)
+            seen = self._seen[id(axis)] = (axis, number)
+        return seen[1]
 
     def _sizes(self, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
         found: NDArray[np.int64] = np.add.reduceat(~gone[self._atoms], self._starts, dtype=np.int64)

@@ -48,7 +48,7 @@ class ChannelSpace:
         name: the first tensor that makes it, ``+`` how many positions of it a unit takes where it is more than one.
         size: number of units.
         entries: where they lie in the state.
-        classes: the atoms' classes that go with each unit.
+        classes: the atoms' classes that go with each unit, in order.
         flags: operators that take a statistic over it: removing is not the same as zeroing there.
         topology: names of the entries without their numbers: spaces with the same are alike.
     """
@@ -56,7 +56,7 @@ class ChannelSpace:
     name: str
     size: int
     entries: tuple[Entry, ...]
-    classes: tuple[Axis, ...]
+    classes: Sequence[Axis]
     flags: tuple[str, ...]
 
     @cached_property
@@ -78,7 +78,7 @@ class Graph:
         costs: parameters and multiply-accumulates as functions of what goes.
         charged: the operation behind every term of the multiply-accumulates.
         values: classes of every axis of every tensor of the run.
-        steps: by module, the classes of all axes that its operations see.
+        steps: for every module, the classes of the axes that its operations see, each array once.
         unknown: operators without a rule, and the modules they stand in; they freeze what they touch.
     """
 
@@ -96,15 +96,19 @@ class Graph:
 
     def space(self, name: str) -> ChannelSpace:
         """The space of a name."""
-        return next(space for space in self.spaces if space.name == name)
+        return self._named[name]
+
+    @cached_property
+    def _named(self) -> dict[str, ChannelSpace]:
+        return {space.name: space for space in self.spaces}
 
     def gone(self, units: Mapping[str, Sequence[int]]) -> Gone:
         """Which atoms go when some units of some spaces do."""
         gone = np.zeros(self.atoms, dtype=bool)
         for name, chosen in units.items():
-            space = self.space(name)
-            for unit in chosen:
-                gone[space.classes[unit]] = True
+            classes = self.space(name).classes
+            if len(chosen):
+                gone[np.concatenate([classes[unit] for unit in chosen])] = True
         return gone
 
     def parameters(self) -> int:
@@ -127,17 +131,19 @@ def build(network: Network) -> Graph:
     raw = {name: run.axes(value) for name, value in network.state.items()}
     axes = {name: tuple(classes.of(axis) for axis in found) for name, found in raw.items()}
     entries = _Entries(axes)
-    flagged = _flags(run, classes)
+    flagged = _Flags(run, classes)
     groups = (*_plain_groups(entries, classes), *_composite_groups(entries, classes))
     spaces = [_space(entries, group, raw, network, run, flagged) for group in groups]
     spaces.sort(key=lambda space: (entries.order[space.entries[0].name], space.entries[0].dim, space.name))
     values: dict[Value, tuple[Axis, ...]] = {network.state[name]: found for name, found in axes.items()}
-    steps: dict[str, list[Axis]] = defaultdict(list)
+    steps: dict[str, dict[int, Axis]] = defaultdict(dict)
     for step in network.operations:
+        seen = steps[step.place]
         for value in (*step.inputs.values(), *step.outputs):
             if value not in values:
                 values[value] = tuple(classes.of(axis) for axis in run.axes(value))
-            steps[step.place] += values[value]
+            for axis in values[value]:
+                seen[id(axis)] = axis
     for value in (*network.inputs, *network.outputs):
         values.setdefault(value, tuple(classes.of(axis) for axis in run.axes(value)))
     parameters = [axes[name] for name, value in network.state.items() if value.kind == "parameter"]
@@ -151,7 +157,7 @@ def build(network: Network) -> Graph:
         Costs(parameters, [[classes.of(axis) for axis in term] for term in run.costs]),
         tuple(run.charged),
         values,
-        {place: tuple(found) for place, found in steps.items()},
+        {place: tuple(found.values()) for place, found in steps.items()},
         {op: tuple(dict.fromkeys(places)) for op, places in run.frozen_by.items()},
         len(classes),
     )
@@ -167,70 +173,96 @@ def _distinct(spaces: Sequence[ChannelSpace]) -> Iterator[ChannelSpace]:
 
 
 class _Entries:
-    """All positions of all axes of the state, sorted by their class."""
+    """All positions of all axes of the state, sorted by their class.
+
+    Attributes:
+        keys, order: name and dimension of every axis; number of every name.
+        root: the class of every entry, ascending; those of one class as in the state.
+        place: where each lies among all positions of all axes, one after the other.
+        owner, position: the axis of every place, and the position in it.
+    """
 
     def __init__(self, axes: Mapping[str, tuple[Axis, ...]]) -> None:
         self.keys = [(name, dim) for name, found in axes.items() for dim in range(len(found))]
         self.order = {name: number for number, name in enumerate(axes)}
         flat = [axis for found in axes.values() for axis in found]
-        sizes = [len(axis) for axis in flat]
+        sizes = np.array([len(axis) for axis in flat], dtype=np.int64)
         root = np.concatenate(flat) if flat else np.zeros(0, dtype=np.int64)
-        owner = np.repeat(np.arange(len(flat)), sizes)
-        position = np.concatenate([np.arange(n) for n in sizes]) if flat else root
-        order = np.lexsort((position, owner, root))
-        order = order[root[order] != 0]
-        self.root, self.owner, self.position = root[order], owner[order], position[order]
+        self.owner = np.repeat(np.arange(len(flat)), sizes)
+        self.position = np.arange(len(root)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        free = np.flatnonzero(root)
+        self.place = free[np.argsort(root[free], kind="stable")]
+        self.root = root[self.place]
 
     def of(self, classes: Axis) -> tuple[Axis, Axis]:
-        """Owners and positions of all entries of some classes, sorted by owner, then position."""
+        """Places of all entries of some classes, class by class, and how many each has."""
         start = np.searchsorted(self.root, classes, "left")
         count = np.searchsorted(self.root, classes, "right") - start
-        index = np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
-        owner, position = self.owner[index], self.position[index]
-        order = np.lexsort((position, owner))
-        return owner[order], position[order]
+        return self.place[np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())], count
 
 
 @dataclass
 class _Group:
     """Units alike: their classes, and of all entries the owner of each column and the positions [units, columns]."""
 
-    classes: list[Axis]
+    classes: Sequence[Axis]
     owner: Axis
     positions: NDArray[np.int64]
 
 
 def _plain_groups(entries: _Entries, classes: Classes) -> Iterator[_Group]:
     """Units of one class that stands in no link."""
-    root = entries.root
-    plain = ~classes.linked(root)
-    root, owner, position = root[plain], entries.owner[plain], entries.position[plain]
-    if not len(root):
-        return
-    found, start, count = np.unique(root, return_index=True, return_counts=True)
-    mixed = _mix(owner)
-    sums = np.stack([np.add.reduceat(mixed, start), np.add.reduceat(mixed * mixed, start), count.astype(np.uint64)], 1)
-    _, first, kind = np.unique(sums, axis=0, return_index=True, return_inverse=True)
-    for number in np.argsort(first):
-        units = np.flatnonzero(kind.ravel() == number)
-        columns = count[units[0]]
-        index = start[units][:, None] + np.arange(columns)
-        order = np.lexsort(position[index].T[::-1])
-        yield _Group([found[[unit]] for unit in units[order]], owner[index[0]], position[index[order]])
+    plain = ~classes.linked(entries.root)
+    root, place = entries.root[plain], entries.place[plain]
+    start = np.flatnonzero(np.diff(root, prepend=-1))
+    for units, owner, positions in _alike(entries, place, start, np.zeros_like(start)):
+        members: Sequence[Axis] = root[start[units]][:, None]  # type: ignore[assignment]
+        yield _Group(members, owner, positions)
 
 
 def _composite_groups(entries: _Entries, classes: Classes) -> Iterator[_Group]:
     """Units around one factor of a product: slabs, and all that goes with them."""
-    for batch in closed_sets(classes):
-        alike: dict[bytes, list[tuple[Axis, Axis, Axis]]] = {}
-        for members in batch:
-            owner, position = entries.of(members)
-            if len(owner):
-                alike.setdefault(owner.tobytes(), []).append((members, owner, position))
-        for units in alike.values():
-            positions = np.stack([position for _, _, position in units])
-            order = np.lexsort(positions.T[::-1])
-            yield _Group([units[unit][0] for unit in order], units[0][1], positions[order])
+    batches = list(closed_sets(classes))
+    units = [unit for batch in batches for unit in batch]
+    if not units:
+        return
+    batch = np.repeat(np.arange(len(batches)), [len(found) for found in batches])
+    unit = np.repeat(np.arange(len(units)), [len(found) for found in units])
+    place, count = entries.of(np.concatenate(units))
+    unit, total = np.repeat(unit, count), len(entries.owner)
+    sorted_ = np.sort(unit * total + place)  # of every unit, in the order of the state
+    unit, place = np.divmod(sorted_, total)
+    start = np.flatnonzero(np.diff(unit, prepend=-1))
+    present = unit[start]  # units without any entry in the state are none
+    for chosen, owner, positions in _alike(entries, place, start, batch[present]):
+        yield _Group([units[number] for number in present[chosen].tolist()], owner, positions)
+
+
+def _alike(entries: _Entries, place: Axis, start: Axis, batch: Axis) -> Iterator[tuple[Axis, Axis, NDArray[np.int64]]]:
+    """Units of one batch with entries in the same axes, in the order of their positions.
+
+    Args:
+        place: entries of all units, those of one after the other, each in the order of the state.
+        start: where each unit begins.
+        batch: the batch of every unit.
+
+    Yields:
+        Units, the axes of their entries [columns], and the positions in them [units, columns].
+    """
+    if not len(start):
+        return
+    count = np.diff(start, append=len(place))
+    mixed = _mix(entries.owner[place])
+    keys = (np.add.reduceat(mixed * mixed, start), np.add.reduceat(mixed, start), count, batch)
+    order = np.lexsort(keys)
+    breaks = np.flatnonzero(np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)) + 1
+    for units in sorted(np.split(order, breaks), key=lambda group: (batch[group[0]], group[0])):
+        where = place[start[units][:, None] + np.arange(count[units[0]])]
+        positions = entries.position[where]
+        first = np.argsort(positions[:, 0], kind="stable")
+        if not np.diff(positions[first, 0]).all():  # units that overlap
+            first = np.lexsort(positions.T[::-1])
+        yield units[first], entries.owner[where[0]], positions[first]
 
 
 def _space(
@@ -239,33 +271,48 @@ def _space(
     raw: Mapping[str, Sequence[Axis]],
     network: Network,
     run: Propagation,
-    flagged: Mapping[int, set[str]],
+    flagged: _Flags,
 ) -> ChannelSpace:
     found = []
-    for owner in np.unique(group.owner):
-        name, dim = entries.keys[owner]
+    starts = np.flatnonzero(np.diff(group.owner, prepend=-1)).tolist()
+    for start, end in zip(starts, [*starts[1:], len(group.owner)], strict=True):
+        name, dim = entries.keys[group.owner[start]]
         kind = network.state[name].kind
         roles: frozenset[Role] = frozenset({"buffer"}) if kind == "buffer" else run.roles(raw[name][dim])
-        index = group.positions[:, group.owner == owner]
+        index = group.positions[:, start:end]
         found.append(Entry(name, dim, index, roles or frozenset({"producer"}), kind == "parameter"))
     made = next((entry for entry in found if "producer" in entry.roles and entry.parameter), found[0])
     taken = made.index.shape[1]
     name = made.name.removesuffix(".weight") + (f"+{taken}" if taken > 1 else "")
-    flags = (
-        {flag for atom in np.concatenate(group.classes).tolist() for flag in flagged.get(atom, ())}
-        if flagged
-        else set()
-    )
-    return ChannelSpace(name, len(group.classes), tuple(found), tuple(group.classes), tuple(sorted(flags)))
+    flags = flagged.over(group.classes)
+    return ChannelSpace(name, len(group.classes), tuple(found), group.classes, flags)
 
 
-def _flags(run: Propagation, classes: Classes) -> dict[int, set[str]]:
-    found: dict[int, set[str]] = defaultdict(set)
-    for flag in run.flags:
-        for atom in np.unique(classes.of(flag.axis)).tolist():
-            found[atom].add(f"{flag.op} ({flag.place})" if flag.place else flag.op)
-    found.pop(0, None)
-    return found
+class _Flags:
+    """Statistics, by the classes of their axes."""
+
+    def __init__(self, run: Propagation, classes: Classes) -> None:
+        self._marked = np.zeros(len(classes), dtype=bool)
+        self._texts: dict[bytes, tuple[Axis, set[str]]] = {}
+        for flag in run.flags:
+            axis = classes.of(flag.axis)
+            if axis.any():
+                self._marked[axis] = True
+                _, texts = self._texts.setdefault(axis.tobytes(), (axis, set()))
+                texts.add(f"{flag.op} ({flag.place})" if flag.place else flag.op)
+        self._marked[0] = False
+
+    def over(self, units: Sequence[Axis]) -> tuple[str, ...]:
+        """What statistics are taken over some units."""
+        if not self._texts:
+            return ()
+        classes = units.ravel() if isinstance(units, np.ndarray) else np.concatenate(units)
+        hit = classes[self._marked[classes]]
+        if not len(hit):
+            return ()
+        mine = np.zeros(len(self._marked), dtype=bool)
+        mine[hit] = True
+        return tuple(sorted(set().union(*(texts for axis, texts in self._texts.values() if mine[axis].any()))))
 
 
 def _mix(numbers: Axis) -> NDArray[np.uint64]:

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
 from torch import Tensor, nn
 
-from secateur.graph.ir import Network, Value
+from secateur.graph.ir import Kind, Network, Value
 
 
-def read_state(module: nn.Module, network: Network) -> dict[int, Value]:
-    """Enter a module's tensors into a network; returns their values by the ``id`` of the tensor."""
+def parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All modules in a module with their paths, shared ones once for each path, in the order of the state dict."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(path: str, part: nn.Module) -> None:
+        found.append((path, part))
+        for name, child in part._modules.items():
+            if child is not None:
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", module)
+    return found
+
+
+def read_state(modules: Sequence[tuple[str, nn.Module]], network: Network) -> dict[int, Value]:
+    """Enter the tensors of all :func:`parts` into a network; returns their values by the ``id`` of the tensor."""
     found: dict[int, Value] = {}
     names: dict[int, list[str]] = {}
-    parameters = module.named_parameters(remove_duplicate=False)
-    for name, tensor in chain(parameters, module.named_buffers(remove_duplicate=False)):
-        names.setdefault(id(tensor), []).append(name)
-        if id(tensor) not in found:
-            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            found[id(tensor)] = Value(tuple(tensor.shape), kind, name)  # type: ignore[arg-type]
+    tables: tuple[tuple[str, Kind], ...] = (("_parameters", "parameter"), ("_buffers", "buffer"))
+    for table, kind in tables:
+        for path, part in modules:
+            for leaf, tensor in getattr(part, table).items():
+                if tensor is not None:
+                    name = f"{path}.{leaf}" if path else leaf
+                    if id(tensor) in found:
+                        names[id(tensor)].append(name)
+                    else:
+                        found[id(tensor)], names[id(tensor)] = Value(tuple(tensor.shape), kind, name), [name]
     for key, value in found.items():
         network.state[value.name] = value
         if len(names[key]) > 1:
@@ -37,10 +55,10 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Afterwards every module is as it was: its mode, and whatever its code kept on it while it ran."""
     tables = ("_parameters", "_buffers", "_modules")
-    before = [(part, dict(part.__dict__), [dict(getattr(part, name)) for name in tables]) for part in module.modules()]
+    before = [(part, dict(part.__dict__), [dict(getattr(part, name)) for name in tables]) for part in modules]
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from secateur.errors import refuse
 from secateur.graph.aten import name_of, read
 from secateur.graph.host import Batch
 from secateur.graph.ir import Network, Operation, Value
-from secateur.graph.state import read_state, restored, tensor_at
+from secateur.graph.state import parts, read_state, restored, tensor_at
 
 
 def arguments(inputs: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -40,9 +40,11 @@ def record(module: nn.Module, inputs: Batch) -> Network:
     ``torch.export`` before decomposition. Afterwards the module is as it was.
     """
     network = Network()
-    tape = _Tape(network, read_state(module, network), {id(m): name for name, m in module.named_modules()})
+    named = parts(module)
+    unique = {part: path for path, part in reversed(named)}
+    tape = _Tape(network, read_state(named, network), {id(part): path for part, path in unique.items()})
     args, kwargs = arguments(inputs)
-    with restored(module), torch.inference_mode(), _plain_attention(), tape.following():
+    with restored(unique), torch.inference_mode(), _plain_attention(), tape.following():
         module.eval()
         args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         network.inputs = [tape.value(leaf, "input") for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)]
@@ -76,7 +78,7 @@ def replay(
     """
     head = _Replay(network.operations, watch, instead or {}) if watch or instead else nullcontext()
     args, kwargs = arguments(inputs)
-    with restored(module), torch.inference_mode(), _plain_attention():
+    with restored(module.modules()), torch.inference_mode(), _plain_attention():
         module.eval()
         args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         entering = [leaf.clone() for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)] if watch else []
@@ -144,20 +146,26 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, network: Network, state: Mapping[int, Value], paths: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._network, self._state, self._paths = network, state, paths
-        self._values: Any = WeakIdKeyDictionary()
+        self._values: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
         self._places = [""]
 
     def value(self, tensor: Tensor, kind: Any = "constant") -> Value:
         """The value that a tensor is."""
-        known = self._state.get(id(tensor)) or self._values.get(tensor)
-        if known is None:
-            known = self._values[tensor] = Value(tuple(tensor.shape), kind)
-        assert isinstance(known, Value)
-        return known
+        if known := self._state.get(id(tensor)):
+            return known
+        made = self._values.get(id(tensor))
+        if made is not None and made[0]() is tensor:
+            return made[1]
+        return self._enter(tensor, Value(tuple(tensor.shape), kind))
+
+    def _enter(self, tensor: Tensor, value: Value) -> Value:
+        self._values[id(tensor)] = (weakref.ref(tensor), value)
+        return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        seen_args, seen_kwargs = self._read((args, kwargs))
+        seen_args = [self._read(item) for item in args]
+        seen_kwargs = {name: self._read(item) for name, item in kwargs.items()}
         result = func(*args, **kwargs)
         made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
         if made:
@@ -165,7 +173,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._network.operations.append(read(func, seen_args, seen_kwargs, outputs, self._places[-1]))
             for tensor, value in zip(made, outputs, strict=True):
                 if id(tensor) not in self._state:
-                    self._values[tensor] = value
+                    self._enter(tensor, value)
         return result
 
     def _read(self, item: Any) -> Any:
@@ -173,7 +181,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.value(item)
         if isinstance(item, list | tuple):
             return [self._read(part) for part in item]
-        return {key: self._read(part) for key, part in item.items()} if isinstance(item, dict) else item
+        return item
 
     @contextmanager
     def following(self) -> Iterator[None]:
