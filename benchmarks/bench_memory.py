@@ -24,9 +24,9 @@ RATIO = 0.25
 METHODS = ("slicegpt", "fasp")
 
 
-def measured(method: str, small: bool, work: Path | None) -> Result:
+def measured(method: str, windows: int, small: bool, work: Path | None) -> Result:
     """One process of the command line, watched from outside."""
-    windows, length = (8, 64) if small else (16, 2048)
+    windows, length = (8, 64) if small else (windows, 2048)
     hidden, layers, heads, ffn, vocab = (64, 2, 4, 160, 512) if small else (2048, 24, 16, 5504, 32000)
     where = conditions()
     with work_folder(work, 12 * GIB) as folder:
@@ -80,9 +80,10 @@ def main() -> None:
     """Method by method."""
     options = parser(__doc__ or "")
     options.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="all when omitted")
+    options.add_argument("--windows", type=int, default=16, help="of 2048 tokens each")
     arguments = options.parse_args()
     for method in arguments.methods:
-        record(measured(method, arguments.small, arguments.work), arguments.small)
+        record(measured(method, arguments.windows, arguments.small, arguments.work), arguments.small)
 
 
 if __name__ == "__main__":
