@@ -20,9 +20,9 @@ from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
 from secateur.errors import InternalError, refuse, validated
 from secateur.evidence.batches import Batches
 from secateur.evidence.losses import losses_of
-from secateur.graph.host import Batch
+from secateur.graph.host import Batch, Host, Literal
 from secateur.graph.modules import ModuleHost
-from secateur.graph.spaces import ChannelSpace, Graph, build
+from secateur.graph.spaces import ChannelSpace, Gone, Graph, build
 from secateur.graph.tape import record
 from secateur.graph.verify import Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
@@ -30,7 +30,7 @@ from secateur.methods.blocks import BlockMethod
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
 
-_PARTS = ("graph", "verify", "choose", "mend", "cut")
+PARTS = ("graph", "verify", "choose", "mend", "cut")
 
 
 class ModuleRequest(BaseModel):
@@ -101,7 +101,8 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         )
     request = validated(ModuleRequest, values, "a prune of a module")
     method, wanted = make_graph_method(request.method, request.options), request.wanted
-    batches = _batches(method, request, module, example_inputs)
+    device = next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
+    batches = calibration(method, request, example_inputs, device)
     clock = [time.perf_counter()]
     with MemoryWatch() as memory:
         host = ModuleHost(module, example_inputs)
@@ -110,36 +111,14 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
             less = prune_blocks(host, method, wanted, request.tolerance, batches, losses, request.seed, inplace, tick)
             outcome = (less.model, less.removed, less.refused, less.achieved)
             return _result(request, method, clock, memory.peak, outcome)
-        found = build(host.network)
-        clock.append(time.perf_counter())
-        bench = host.bench(found, request.seed)
-        verdict = verify(bench, request.seed)
-        clock.append(time.perf_counter())
-        spaces, refused = _allowed(found, verdict, method)
-        generator = torch.Generator().manual_seed(request.seed)
-        study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses_of(request.loss))
-        pick = partial(_choose, found, method, request.tolerance)
-        while True:
-            units = method.decide(study, wanted, pick)
-            gone = found.gone(units)
-            reason, _ = bench.compare(gone, verdict.literals)
-            if not reason:
-                break
-            bad = faults(bench, units, verdict.literals)
-            if not bad:
-                raise InternalError(
-                    "cut-not-masked", f"method {method.name} on a module", reason, "nothing was changed"
-                )
-            refused |= bad
-            study = replace(study, spaces=[space for space in study.spaces if space.name not in bad])
-        clock.append(time.perf_counter())
-        mended = method.mend(study, units)
-        clock.append(time.perf_counter())
+        decision = decided(host, example_inputs, request, method, batches, clock)
+        found, units, refused = decision.graph, decision.units, decision.refused
         if inplace:
-            host.write(mended)
-        result = (host.cut_in_place if inplace else host.with_tensors(mended).cut)(found, gone, verdict.literals)
+            host.write(decision.mended)
+        small = host.cut_in_place if inplace else host.with_tensors(decision.mended).cut
+        result = small(found, decision.gone, decision.literals)
         clock.append(time.perf_counter())
-    return _result(request, method, clock, memory.peak, (result, units, refused, _achieved(found, units)))
+    return _result(request, method, clock, memory.peak, (result, units, refused, achieved_by(found, units)))
 
 
 def _result(
@@ -165,12 +144,77 @@ def _result(
         model=model,
         removed=removed,
         refused=refused,
-        parts={part: end - start for part, (start, end) in zip(_PARTS, pairwise(clock), strict=True)},
+        parts={part: end - start for part, (start, end) in zip(PARTS, pairwise(clock), strict=True)},
     )
 
 
-def _batches(
-    method: GraphMethod | BlockMethod, request: ModuleRequest, module: nn.Module, example: Batch
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done to a network.
+
+    Attributes:
+        graph: its channels.
+        units: what goes, by space.
+        literals: what is known of attributes that may hold a size.
+        mended: new values of what stays.
+        refused: spaces that are not cut, with the reasons.
+    """
+
+    graph: Graph
+    units: Units
+    literals: frozenset[Literal]
+    mended: Mapping[str, Tensor]
+    refused: Mapping[str, str]
+
+    @property
+    def gone(self) -> Gone:
+        return self.graph.gone(self.units)
+
+
+def decided(
+    host: Host,
+    example_inputs: Batch,
+    request: ModuleRequest,
+    method: GraphMethod,
+    batches: Batches | None,
+    clock: list[float],
+) -> Decision:
+    """Find the channels of a network, check each space, let a method choose and mend, and check what it chose.
+
+    Args:
+        clock: the time is appended at the end of every part of the work: graph, verify, choose, mend.
+
+    Raises:
+        RequestError: the target is out of reach, or the method cannot be used here.
+        InternalError: the cut network would not compute what the uncut one does with the same channels silenced.
+    """
+    found = build(host.network)
+    clock.append(time.perf_counter())
+    bench = host.bench(found, request.seed)
+    verdict = verify(bench, request.seed)
+    clock.append(time.perf_counter())
+    spaces, refused = _allowed(found, verdict, method)
+    generator = torch.Generator().manual_seed(request.seed)
+    study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses_of(request.loss))
+    pick = partial(_choose, found, method, request.tolerance)
+    while True:
+        units = method.decide(study, request.wanted, pick)
+        reason, _ = bench.compare(found.gone(units), verdict.literals)
+        if not reason:
+            break
+        bad = faults(bench, units, verdict.literals)
+        if not bad:
+            raise InternalError("cut-not-masked", f"method {method.name}", reason, "nothing was changed")
+        refused |= bad
+        study = replace(study, spaces=[space for space in study.spaces if space.name not in bad])
+    clock.append(time.perf_counter())
+    mended = method.mend(study, units)
+    clock.append(time.perf_counter())
+    return Decision(found, units, verdict.literals, mended, refused)
+
+
+def calibration(
+    method: GraphMethod | BlockMethod, request: ModuleRequest, example: Batch, device: torch.device | None = None
 ) -> Batches | None:
     """Calibration data, where there is some; what the method needs must be there."""
     if request.data is None:
@@ -178,8 +222,6 @@ def _batches(
             return None
         wanted = "data=[batch, ...]" if method.data == "inputs" else "data=[(inputs, labels), ...]"
         refuse("no-data", f"method {method.name}", "it needs data, and none was given", wanted)
-    tensors = chain(module.parameters(), module.buffers())
-    device = next((tensor.device for tensor in tensors), None)
     return Batches(request.data, example, method.data == "labels", device)
 
 
@@ -200,7 +242,7 @@ def _allowed(found: Graph, verdict: Verdict, method: GraphMethod) -> tuple[list[
     return spaces, refused
 
 
-def _achieved(found: Graph, units: Units) -> dict[str, int]:
+def achieved_by(found: Graph, units: Units) -> dict[str, int]:
     before, after = found.gone({}), found.gone(units)
     return {
         "params": found.costs.params(after),

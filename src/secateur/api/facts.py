@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from secateur.api.onnx_models import inspect_onnx, is_onnx
 from secateur.checkpoints import Folder
 from secateur.checkpoints.hub import locate
 from secateur.checkpoints.loading import load_model
@@ -100,15 +101,27 @@ def _verdict(architecture: Architecture, kind: Kind, layout: Layout) -> str:
 
 
 def inspect(
-    model: str | Path, *, write_family: str | Path | None = None, progress: Progress | None = None
+    model: str | Path,
+    *,
+    write_family: str | Path | None = None,
+    graph: bool = False,
+    data: Any = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Sizes, spaces and costs of a checkpoint, from its headers.
+    """Sizes, spaces and costs of a checkpoint, from its headers; or of an ONNX file, by running it.
 
     Args:
-        model: checkpoint folder or hub id.
+        model: checkpoint folder or hub id, or an ONNX file.
         write_family: file to write the family to, most often of an architecture that had no file.
+        graph: of an ONNX file: its coupled channels, each space tried.
+        data: of an ONNX file: examples of its inputs, where made-up ones will not do.
         progress: told when an architecture has no family file.
     """
+    if is_onnx(model):
+        return inspect_onnx(model, data, graph)
+    if graph:
+        hint = "secateur.graph(module, example_inputs) shows those of a module; a checkpoint's follow from its family"
+        refuse("no-graph", f"the graph of {str(model)!r}", "it is no ONNX file", hint)
     path = Path(locate(str(model)))
     checkpoint = open_checkpoint(path, (progress or Silent()).note)
     found = inferred(checkpoint.folder)

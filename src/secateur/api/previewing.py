@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from secateur.api.onnx_models import is_onnx, preview_onnx
 from secateur.api.outputs import require_output, require_text
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
@@ -49,6 +50,8 @@ def preview(
         ``kept_tied`` (those it would add, where a narrowed model keeps one table), ``peak_bytes`` (estimate),
         ``layout``, ``loads_in``.
     """
+    if is_onnx(model) and recipe is None:
+        return preview_onnx(str(model), options)
     problems: list[SecateurError] = []
     found: dict[str, Any] = {"problems": []}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from secateur.api.channels import prune_module
 from secateur.api.modules import Model, with_folders
+from secateur.api.onnx_models import is_onnx, prune_onnx
 from secateur.api.outputs import PruneResult, achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
@@ -51,7 +52,8 @@ def prune(
 
     Args:
         model: checkpoint folder, hub id, or a transformers module (which stays as it is unless ``inplace``);
-            may stand in the recipe.
+            may stand in the recipe. An ONNX file, ``NAME.onnx``, is cut as any other module is, into ``output``, an
+            ONNX file again; ``data`` are arrays then (docs/onnx.md).
         method: name of a method; the default depends on whether there is ``data``.
         ratio: share of all parameters to remove.
         target: what shall remain, e.g. ``"bytes=2GiB"``, ``"flops=80%"``.
@@ -76,6 +78,10 @@ def prune(
         given = {key: value for key, value in asked.items() if key not in ("model", "data") and value}
         given |= {} if data is None else {"data": data}
         return prune_module(model, example_inputs, {**given, **more}, inplace)
+    if isinstance(model, str | Path) and is_onnx(model) and recipe is None:
+        return prune_onnx(
+            model, {k: v for k, v in {**asked, **more}.items() if k != "model" and v is not None}, progress
+        )
     file = None if recipe is None else Path(recipe)
 
     def run(values: dict[str, Any], in_memory: frozenset[str]) -> PruneResult:

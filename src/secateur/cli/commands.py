@@ -53,15 +53,17 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
 @app.command()
 @takes(PRUNE)
 def prune(model: str | None, as_json: bool, **values: Any) -> None:
-    """Prune MODEL and write a checkpoint that plain transformers loads."""
+    """Prune MODEL and write a checkpoint that plain transformers loads, or of an ONNX file a smaller one."""
     values = request_of(values)
     from secateur import api
     from secateur.cli.console import ConsoleProgress, show_prune
+    from secateur.cli.networks import show_network_prune
 
     with ConsoleProgress() as progress:
         result = api.prune(model, progress=progress, **values)
-    print(f"# recipe of this run\n{result.recipe}", end="", file=sys.stderr)
-    _show(result.as_dict(), as_json, show_prune)
+    if result.recipe:
+        print(f"# recipe of this run\n{result.recipe}", end="", file=sys.stderr)
+    _show(result.as_dict(), as_json, show_network_prune if hasattr(result, "refused") else show_prune)
 
 
 @app.command()
@@ -84,6 +86,7 @@ def preview(model: str | None, as_json: bool, **values: Any) -> None:
     values = request_of(values)
     from secateur import api
     from secateur.cli.console import ConsoleProgress, show_preview
+    from secateur.cli.networks import show_network_preview
 
     with ConsoleProgress() as progress:
         result = api.preview(model, progress=progress, **values)
@@ -91,7 +94,7 @@ def preview(model: str | None, as_json: bool, **values: Any) -> None:
     if problems and as_json:
         print_json({**result, "error": problems[0]})
     else:
-        _show(result, as_json, show_preview)
+        _show(result, as_json, show_network_preview if "refused" in result else show_preview)
     if problems:
         raise typer.Exit(2)
 
@@ -278,15 +281,20 @@ def inspect(
     write_family: Annotated[
         str | None, typer.Option("--write-family", metavar="FILE", help="write the family file that describes MODEL")
     ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="of an ONNX file: its coupled channels, each tried")] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="of an ONNX file: examples of its inputs (.npz)")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the sizes of MODEL, its spaces and what each costs."""
     from secateur import api
     from secateur.cli.console import ConsoleProgress, show_inspect
+    from secateur.cli.networks import show_network
 
     with ConsoleProgress() as progress:
-        result = api.inspect(model, write_family=write_family, progress=progress)
-    _show(result, as_json, show_inspect)
+        result = api.inspect(model, write_family=write_family, graph=graph, data=data, progress=progress)
+    _show(result, as_json, show_network if "format" in result else show_inspect)
 
 
 @app.command()

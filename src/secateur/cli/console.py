@@ -14,7 +14,7 @@ from rich.table import Table
 
 from secateur.meters.memory import anonymous_bytes
 
-_out = Console()
+out = Console()
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -71,7 +71,7 @@ class ConsoleProgress:
         console.print(message, highlight=False, markup=False)
 
 
-def _table(*head: str, numbers: bool = True) -> Table:
+def new_table(*head: str, numbers: bool = True) -> Table:
     """A table whose columns after the first hold numbers, or text."""
     table = Table(box=None, header_style="bold")
     for position, name in enumerate(head):
@@ -79,8 +79,8 @@ def _table(*head: str, numbers: bool = True) -> Table:
     return table
 
 
-def _counts(achieved: dict[str, Any]) -> Table:
-    table = _table("", "before", "after", "kept")
+def count_table(achieved: dict[str, Any]) -> Table:
+    table = new_table("", "before", "after", "kept")
     for key, label in (
         ("params", "parameters"),
         ("nonzero", "not zero"),
@@ -88,6 +88,7 @@ def _counts(achieved: dict[str, Any]) -> Table:
         ("bytes", "bytes"),
         ("factored_bytes", "bytes as factors"),
         ("flops_per_token", "FLOPs per token"),
+        ("flops", "FLOPs of one run"),
         ("kv_bytes_per_token", "KV bytes per token"),
     ):
         if key in achieved:
@@ -97,14 +98,14 @@ def _counts(achieved: dict[str, Any]) -> Table:
 
 
 def show_prune(result: dict[str, Any]) -> None:
-    _out.print(_counts(result["achieved"]))
+    out.print(count_table(result["achieved"]))
     if "packed" in result:
-        _out.print(_forms(result["packed"]))
+        out.print(_forms(result["packed"]))
     if "spearman" in result:
-        _out.print("Spearman {before:.4f} -> {after:.4f} ({pairs:,} scored pairs)".format(**result["spearman"]))
+        out.print("Spearman {before:.4f} -> {after:.4f} ({pairs:,} scored pairs)".format(**result["spearman"]))
     figures = result["perplexity"]
     if figures is not None:
-        _out.print(
+        out.print(
             f"perplexity {figures['before']:.3f} -> {figures['after']:.3f} "
             f"({figures['tokens']:,} tokens, windows of {figures['context']})"
         )
@@ -113,16 +114,16 @@ def show_prune(result: dict[str, Any]) -> None:
 
 def show_recover(result: dict[str, Any]) -> None:
     training, figures = result["training"], result["perplexity"]
-    _out.print(
+    out.print(
         f"{training['steps']} steps, {training['tokens']:,} tokens; "
         f"{training['trainable_params']:,} parameters trained; step {training['kept_step']} kept"
     )
     held_back = training["validation"]
     if held_back["before"] is not None:
-        _out.print(f"held-back cross entropy {held_back['before']:.4f} -> {held_back['after']:.4f} nats per token")
+        out.print(f"held-back cross entropy {held_back['before']:.4f} -> {held_back['after']:.4f} nats per token")
     if figures is not None:
         teacher = "" if figures["teacher"] is None else f", teacher {figures['teacher']:.3f}"
-        _out.print(
+        out.print(
             f"perplexity {figures['before']:.3f} -> {figures['after']:.3f}{teacher} "
             f"({figures['tokens']:,} tokens, windows of {figures['context']})"
         )
@@ -131,44 +132,44 @@ def show_recover(result: dict[str, Any]) -> None:
 
 def _show_end(result: dict[str, Any]) -> None:
     loads = ", ".join(f"{name} {state}" for name, state in result["loads_in"].items())
-    _out.print(f"{result['seconds']:.1f} s, peak {result['peak_rss_bytes'] / 2**20:,.0f} MiB; loads in: {loads}")
-    _out.print(f"written to {result['output']}", highlight=False)
+    out.print(f"{result['seconds']:.1f} s, peak {result['peak_rss_bytes'] / 2**20:,.0f} MiB; loads in: {loads}")
+    out.print(f"written to {result['output']}", highlight=False)
 
 
 def show_preview(result: dict[str, Any]) -> None:
     if "sizes" in result:
-        _out.print(f"method {result['method']}, output {result['output_kind']}", highlight=False)
-        table = _table("size", "before", "after")
+        out.print(f"method {result['method']}, output {result['output_kind']}", highlight=False)
+        table = new_table("size", "before", "after")
         for kind, change in result["sizes"].items():
             table.add_row(kind, str(change["before"]), str(change["after"]))
-        _out.print(table)
-        _out.print(_counts(result["achieved"]))
+        out.print(table)
+        out.print(count_table(result["achieved"]))
         if not result["foreseen"]:
-            _out.print("these are the sizes of an even cut: which blocks give how much is known only at the run")
+            out.print("these are the sizes of an even cut: which blocks give how much is known only at the run")
         if result["untied"]:
-            _out.print(
+            out.print(
                 f"the head must be untied from the embedding: {result['untied']:,} parameters more, counted above"
             )
-            _out.print("(--set tie=keep, where the method has it, keeps one table by least squares instead)")
+            out.print("(--set tie=keep, where the method has it, keeps one table by least squares instead)")
         if result["kept_tied"]:
-            _out.print(f"the head stays tied to the embedding; untying it would add {result['kept_tied']:,} parameters")
+            out.print(f"the head stays tied to the embedding; untying it would add {result['kept_tied']:,} parameters")
         if result["needs_data"]:
-            _out.print("this method needs calibration text (--data) to run")
-        _out.print(
+            out.print("this method needs calibration text (--data) to run")
+        out.print(
             f"gap to the target {result['gap']:+.3%}; estimated peak memory {result['peak_bytes'] / 2**20:,.0f} MiB"
         )
     for problem in result["problems"]:
         hint = f" {problem['hint']}." if problem["hint"] else ""
-        _out.print(f"problem: {problem['asked']}: {problem['found']}.{hint}", markup=False, highlight=False)
+        out.print(f"problem: {problem['asked']}: {problem['found']}.{hint}", markup=False, highlight=False)
 
 
 def show_evaluate(result: dict[str, Any]) -> None:
     against, ratio = result.get("against"), result.get("ratio")
-    table = _table("", "model", *(["against", "ratio"] if against else []))
+    table = new_table("", "model", *(["against", "ratio"] if against else []))
     columns = [_rows(side) for side in (result, against, ratio) if side]
     for label, value in columns[0].items():
         table.add_row(escape(label), _number(value), *(_number(column.get(label)) for column in columns[1:]))
-    _out.print(table)
+    out.print(table)
 
 
 def _rows(figures: dict[str, Any]) -> dict[str, float | None]:
@@ -188,8 +189,8 @@ def _number(value: float | None) -> str:
 
 def show_compare(result: dict[str, Any]) -> None:
     dense, quality = result["dense"], result["dense"]["perplexity"]
-    _out.print(f"dense: {dense['params']:,} parameters, perplexity {_number(quality)}", highlight=False)
-    table = _table("method", "layout", "ratio", "removed", "perplexity", "seconds", "decode", "MiB")
+    out.print(f"dense: {dense['params']:,} parameters, perplexity {_number(quality)}", highlight=False)
+    table = new_table("method", "layout", "ratio", "removed", "perplexity", "seconds", "decode", "MiB")
     for line in result["summary"]:
         cells = ["not reachable" if line["state"] == "unreachable" else "failed", "-", "-", "-", "-"]
         if line["state"] == "done":
@@ -197,16 +198,16 @@ def show_compare(result: dict[str, Any]) -> None:
             cells = [f"{line['removed']:.1%}", _number(line["perplexity"]["mean"]), f"{line['seconds']:.1f}"]
             cells += ["-" if faster is None else f"{faster:.2f}x", f"{peak:,.0f}"]
         table.add_row(escape(line["method"]), line["layout"], f"{line['ratio']:g}", *cells)
-    _out.print(table)
-    winners = _table("ratio", "layout", "parameters", "best at that size", "perplexity", "not better than random")
+    out.print(table)
+    winners = new_table("ratio", "layout", "parameters", "best at that size", "perplexity", "not better than random")
     for verdict in result["judgement"]:
         found, best = verdict["methods"], verdict["best"]
         worse = ", ".join(name for name in found if found[name]["better_than_random"] is False)
         figures = ["-", "-"] if best is None else [best, _number(found[best]["perplexity"])]
         cells = [verdict["layout"], f"{verdict['params']:,.0f}", *figures, worse or "-"]
         winners.add_row(f"{verdict['ratio']:g}", *map(escape, cells))
-    _out.print(winners)
-    _out.print(f"report: {result['page']}, {result['report']}", highlight=False, markup=False)
+    out.print(winners)
+    out.print(f"report: {result['page']}, {result['report']}", highlight=False, markup=False)
 
 
 def show_export(result: dict[str, Any]) -> None:
@@ -214,33 +215,33 @@ def show_export(result: dict[str, Any]) -> None:
     if check:
         ran = f"{check['runtime']} ({check['version']}): {check['generated_tokens']} greedy tokens equal, logits of"
         difference = f"{check['prompt_tokens']} tokens within {check['logits_difference']:.1e} of the largest"
-        _out.print(f"{ran} {difference}", highlight=False)
+        out.print(f"{ran} {difference}", highlight=False)
     loads = ", ".join(f"{name} {state}" for name, state in result["loads_in"].items())
-    _out.print(f"{result['bytes']:,} bytes, {result['dtype']}, {result['seconds']:.1f} s; {loads}", highlight=False)
-    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+    out.print(f"{result['bytes']:,} bytes, {result['dtype']}, {result['seconds']:.1f} s; {loads}", highlight=False)
+    out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
 def show_pack(result: dict[str, Any]) -> None:
-    table = _table("", "bytes")
+    table = new_table("", "bytes")
     for key in ("folder_bytes", "square_bytes", "triangular_bytes", "tensor_bytes", "files_bytes", "header_bytes"):
         table.add_row(_PACKED[key], f"{result[key]:,}")
     table.add_row("the archive", f"{result['bytes']:,}")
-    _out.print(table)
+    out.print(table)
     bits, angles, saving = result["bits"], result["angles"], result["saving"]
-    _out.print(
+    out.print(
         f"{bits['returned'] / 8:,.0f} bytes returned by {angles['coded']:,} of {angles['free']:,} angles, less "
         f"{bits['corrections'] / 8:,.0f} for corrections, {bits['signs'] / 8:,.0f} for signs, "
         f"{bits['table'] / 8:,.0f} for precisions: {bits['net'] / 8:,.0f}",
         highlight=False,
     )
-    _out.print(
+    out.print(
         f"saved {saving['of_square']:.2%} of the tensors with square shortcuts, {saving['of_triangular']:.2%} with "
         f"triangular ones, {saving['of_folder']:.2%} of the folder",
         highlight=False,
     )
     if result["check"]:
-        _out.print(f"logits within {result['check']['logits_difference']:.1e} of the largest", highlight=False)
-    _out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
+        out.print(f"logits within {result['check']['logits_difference']:.1e} of the largest", highlight=False)
+    out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
 
 
 _PACKED = {
@@ -254,13 +255,13 @@ _PACKED = {
 
 
 def show_packed(result: dict[str, Any]) -> None:
-    _out.print(_forms(result["packed"]))
-    _out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
+    out.print(_forms(result["packed"]))
+    out.print(f"{result['seconds']:.1f} s, written to {result['output']}", highlight=False, markup=False)
 
 
 def _forms(packed: dict[str, Any]) -> Table:
     """Bytes by the kind of storage, beside the dense ones and the bound."""
-    table = _table("stored as", "tensors", "bytes", "dense bytes", "bound")
+    table = new_table("stored as", "tensors", "bytes", "dense bytes", "bound")
     for form, facts in packed["forms"].items():
         table.add_row(form, *(f"{facts[key]:,}" for key in ("tensors", "bytes", "dense_bytes", "bound_bytes")))
     tensors = sum(facts["tensors"] for facts in packed["forms"].values())
@@ -270,28 +271,28 @@ def _forms(packed: dict[str, Any]) -> Table:
 
 
 def show_unpack(result: dict[str, Any]) -> None:
-    _out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
-    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+    out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
+    out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
 def show_delta_pack(result: dict[str, Any]) -> None:
-    table = _table("", "bytes")
+    table = new_table("", "bytes")
     for key in ("tuned_bytes", "values_bytes", "index_bytes", "bound_bytes", "whole_bytes", "files_bytes"):
         table.add_row(_DELTA[key], f"{result[key]:,}")
     table.add_row("header of the file", f"{result['header_bytes']:,}")
     table.add_row("the file", f"{result['bytes']:,}")
-    _out.print(table)
+    out.print(table)
     tensors, q = result["tensors"], result["q"]
     divided = "" if q is None else f", divided by {q['smallest']:.4g} to {q['largest']:.4g}"
-    _out.print(
+    out.print(
         f"{result['method']}: {result['kept']:,} of {result['entries']:,} entries kept{divided}; {tensors['pruned']} "
         f"tensors pruned, {tensors['whole']} whole, {tensors['unchanged']} as in the base",
         highlight=False,
     )
     beside = "" if result["adapter_bytes"] is None else f" (an adapter of {result['adapter_bytes']:,} bytes)"
     share = result["bytes"] / result["tuned_bytes"]
-    _out.print(f"{share:.2%} of the fine-tune's weights{beside}, {result['seconds']:.1f} s", highlight=False)
-    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+    out.print(f"{share:.2%} of the fine-tune's weights{beside}, {result['seconds']:.1f} s", highlight=False)
+    out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
 _DELTA = {
@@ -305,38 +306,38 @@ _DELTA = {
 
 
 def show_delta_apply(result: dict[str, Any]) -> None:
-    _out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
-    _out.print(f"written to {result['output']}", highlight=False, markup=False)
+    out.print(f"{result['tensors']:,} tensors, {result['bytes']:,} bytes, {result['seconds']:.1f} s", highlight=False)
+    out.print(f"written to {result['output']}", highlight=False, markup=False)
 
 
 def show_methods(result: dict[str, Any]) -> None:
-    table = _table("method", "title", "data", "output", "paper", numbers=False)
+    table = new_table("method", "title", "data", "output", "paper", numbers=False)
     for name, facts in result.items():
         table.add_row(name, facts["title"], facts["data"], facts["output"], facts["paper"])
-    _out.print(table)
+    out.print(table)
     if len(result) == 1:
         ((_, facts),) = result.items()
-        _out.print(f"output: {facts['worth']}", highlight=False)
+        out.print(f"output: {facts['worth']}", highlight=False)
         _show_options(facts["options"])
         for option, variant in facts["variants"].items():
-            _out.print(f"with --set {option}: {variant['worth']}", highlight=False)
+            out.print(f"with --set {option}: {variant['worth']}", highlight=False)
             _show_options(variant["options"])
 
 
 def _show_options(options: dict[str, Any]) -> None:
-    table = _table("--set", "values", "default", "what", numbers=False)
+    table = new_table("--set", "values", "default", "what", numbers=False)
     for key, option in options.items():
         values = "|".join(map(str, option["choices"])) if option["choices"] else option["type"]
         table.add_row(key, values, str(option["default"]), escape(option["description"]))
-    _out.print(table)
+    out.print(table)
 
 
 def show_families(result: dict[str, Any]) -> None:
-    table, notes = _table("family", "space", "native layout", "per-layer layout", numbers=False), _Notes()
+    table, notes = new_table("family", "space", "native layout", "per-layer layout", numbers=False), _Notes()
     for name, facts in result.items():
         for kind, state in facts["native"].items():
             table.add_row(name, kind, notes.mark(state), notes.mark(facts["per-layer"][kind]))
-    _out.print(table)
+    out.print(table)
     notes.print()
 
 
@@ -356,38 +357,38 @@ class _Notes:
 
     def print(self) -> None:
         for why, number in self._numbers.items():
-            _out.print(escape(f"[{number}] {why}"), highlight=False)
+            out.print(escape(f"[{number}] {why}"), highlight=False)
 
 
 def show_inspect(result: dict[str, Any]) -> None:
     for key in ("model_type", "params", "bytes", "flops_per_token", "kv_bytes_per_token", "dtypes", "tied", "context"):
         value = result[key]
         shown = f"{value:,}" if type(value) is int else str(value)
-        _out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
+        out.print(f"{key.replace('_', ' ')}: {shown}", highlight=False)
     shortcuts = result.get("shortcuts")
     if shortcuts:
-        _out.print(
+        out.print(
             f"shortcuts: {shortcuts['shortcuts']} triangles of width {shortcuts['width']}, {shortcuts['stored']:,} "
             f"numbers; squares would be {shortcuts['square']:,}",
             highlight=False,
         )
     head = ("space", "units", "spaces", "params of a unit", "share of params", "native layout", "per-layer layout")
-    table, notes = _table(*head, numbers=False), _Notes()
+    table, notes = new_table(*head, numbers=False), _Notes()
     for kind, facts in result["spaces"].items():
         cells = [str(facts["units"]), str(facts["count"]), f"{facts['params_per_unit']:,}", f"{facts['share']:.1%}"]
         table.add_row(kind, *cells, notes.mark(facts["native"]), notes.mark(facts["per-layer"]))
-    _out.print(table)
+    out.print(table)
     notes.print()
     if "family_file" in result:
-        _out.print(f"family file: {result['family_file']}", highlight=False)
+        out.print(f"family file: {result['family_file']}", highlight=False)
 
 
 def show_demo(result: dict[str, Any]) -> None:
-    table = _table("method", "ratio", "params", "removed", "perplexity", "seconds")
+    table = new_table("method", "ratio", "params", "removed", "perplexity", "seconds")
     table.add_row("dense", "0", f"{result['dense']['params']:,}", "0.0%", f"{result['dense']['perplexity']:.2f}", "-")
     for row in result["rows"]:
         removed = 1 - row["params"] / result["dense"]["params"]
         cells = [f"{row['params']:,}", f"{removed:.1%}", f"{row['perplexity']:.2f}", f"{row['seconds']:.1f}"]
         table.add_row(row["method"], str(row["ratio"]), *cells)
-    _out.print(table)
-    _out.print(f"report: {result['page']}, {result['report']}", highlight=False)
+    out.print(table)
+    out.print(f"report: {result['page']}, {result['report']}", highlight=False)

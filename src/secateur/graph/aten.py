@@ -243,17 +243,22 @@ def _index_select(a: Arguments, _: Sequence[Value]) -> Reading:
     return "index", {"x": a["self"], "index": a["index"]}, {"dim": a["dim"] % _rank(a["self"])}
 
 
-def _einsum(a: Arguments, _: Sequence[Value]) -> Reading:
-    inputs = _tensors({"tensors": a["tensors"]})
-    equation = a["equation"].replace(" ", "")
+def whole_equation(equation: str) -> str:
+    """An equation of einsum without spaces and with its output; empty where it takes a diagonal."""
+    equation = equation.replace(" ", "")
     if "->" not in equation:
         letters = equation.replace(",", "").replace("...", "")
         plain = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
         equation += "->" + ("..." if "..." in equation else "") + plain
     terms = equation.split("->")[0].split(",")
-    if any(len(set(t.replace("...", ""))) != len(t.replace("...", "")) for t in terms):  # diagonals
-        return "barrier", inputs, {}
-    return "einsum", inputs, {"equation": equation}
+    plain_terms = [term.replace("...", "") for term in terms]
+    return "" if any(len(set(term)) != len(term) for term in plain_terms) else equation
+
+
+def _einsum(a: Arguments, _: Sequence[Value]) -> Reading:
+    inputs = _tensors({"tensors": a["tensors"]})
+    equation = whole_equation(a["equation"])
+    return ("einsum", inputs, {"equation": equation}) if equation else ("barrier", inputs, {})
 
 
 def _attention(a: Arguments, _: Sequence[Value]) -> Reading:

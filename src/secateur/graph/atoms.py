@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class Atoms:
         """Make two axes of one size the same, position by position; returns the one that stands for both."""
         if left is right:
             return left
+        if len(left) != len(right):
+            raise ValueError(f"axes of {len(left)} and {len(right)} positions are not the same")
         stuck = is_frozen(right)
         if not (stuck and is_frozen(left)):
             self._left.append(left)
@@ -78,6 +81,8 @@ class Atoms:
 
     def link(self, flat: Axis, factors: Sequence[Axis]) -> None:
         """Say that ``flat`` is the product of ``factors``."""
+        if len(flat) != prod(len(factor) for factor in factors):
+            raise ValueError(f"an axis of {len(flat)} positions is no such product")
         if not (is_frozen(flat) and all(is_frozen(factor) for factor in factors)):
             self.links.append(Link(flat, tuple(factors)))
 

@@ -189,3 +189,30 @@ def recurrent(run: Propagation, step: Operation) -> list[Axes]:
             run.atoms.tie(run.axes(value)[-1], hidden)
     states = [[*map(frozen, out.shape[:-1]), hidden] for out in step.outputs[1:]]
     return [[*x[:-1], entering], *states]
+
+
+def recurrent_onnx(run: Propagation, step: Operation) -> list[Axes]:
+    """A layer as ONNX has it: x [time, batch, input]; weights [directions, gates x hidden, ...] with one hidden size.
+
+    Both biases stand in one tensor, one behind the other; the output is [time, directions, batch, hidden].
+    """
+    x, gates = run.axes(step.inputs["x"]), step.attrs["gates"]
+    weight, recurrence = run.axes(step.inputs["weight"]), run.axes(step.inputs["recurrence"])
+    hidden = recurrence[2]
+    for axes, name, entering in ((weight, "weight", x[-1]), (recurrence, "recurrence", hidden)):
+        run.atoms.freeze(axes[0])
+        run.atoms.link(axes[1], (frozen(gates), hidden))
+        run.atoms.tie(axes[2], entering)
+        run.role(step.inputs[name], "producer", 1)
+        run.role(step.inputs[name], "consumer", 2)
+        run.macs([*x[:-1], *axes])
+    for name, parts in (("bias", 2 * gates), ("peephole", 3)):
+        if name in step.inputs:
+            axes = run.axes(step.inputs[name])
+            run.atoms.freeze(axes[0])
+            run.atoms.link(axes[1], (frozen(parts), hidden))
+            run.role(step.inputs[name], "bias", 1)
+    for name in ("state0", "state1"):
+        if name in step.inputs:
+            run.atoms.tie(run.axes(step.inputs[name])[-1], hidden)
+    return [[*map(frozen, out.shape[:-1]), hidden] for out in step.outputs]

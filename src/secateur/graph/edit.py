@@ -51,6 +51,13 @@ def kept(graph: Graph, gone: Gone) -> dict[str, dict[int, Tensor]]:
     return dict(found)
 
 
+def made_only(graph: Graph, stays: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
+    """The part of what stays that makes channels: silence in what reads them is stronger, and tried afterwards."""
+    reads = {(e.name, e.dim) for space in graph.spaces for e in space.entries if e.roles == {"consumer"}}
+    parts = {name: {d: i for d, i in dims.items() if (name, d) not in reads} for name, dims in stays.items()}
+    return {name: dims for name, dims in parts.items() if dims}
+
+
 def cut(module: nn.Module, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> frozenset[Literal]:
     """Cut a module in place.
 

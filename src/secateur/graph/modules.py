@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from secateur.graph.edit import cut, kept
+from secateur.graph.edit import cut, kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
 from secateur.graph.spaces import Gone, Graph
@@ -144,18 +144,12 @@ class ModuleBench:
             except Exception as error:  # the module's own code may fail in any way
                 return f"the cut module does not run: {first_line(error)}", doubtful
             stays, reason = kept(self.graph, gone), ""
-            for there in (self._made(stays), stays):
+            for there in (made_only(self.graph, stays), stays):
                 with silenced(self.copy, there):
                     wanted = tensors_of(call(self.copy, self.inputs))
                 if not (reason := difference(wanted, found)):
                     break
         return reason, doubtful
-
-    def _made(self, stays: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Tensor]]:
-        """The part of what stays that makes channels: silence in what reads them is stronger, and tried afterwards."""
-        reads = {(e.name, e.dim) for space in self.graph.spaces for e in space.entries if e.roles == {"consumer"}}
-        parts = {name: {d: i for d, i in dims.items() if (name, d) not in reads} for name, dims in stays.items()}
-        return {name: dims for name, dims in parts.items() if dims}
 
 
 @contextmanager

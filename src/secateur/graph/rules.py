@@ -13,7 +13,16 @@ from typing import Final
 import numpy as np
 
 from secateur.graph.atoms import Axis, frozen, is_frozen
-from secateur.graph.contractions import attention, broadcast, convolution, einsum, linear, matmul, recurrent
+from secateur.graph.contractions import (
+    attention,
+    broadcast,
+    convolution,
+    einsum,
+    linear,
+    matmul,
+    recurrent,
+    recurrent_onnx,
+)
 from secateur.graph.ir import Operation
 from secateur.graph.propagation import Axes, Propagation
 
@@ -193,6 +202,9 @@ def _split(run: Propagation, step: Operation) -> list[Axes]:
         parts = _equal_parts(run, axis, len(sizes))
     else:
         parts = list(np.split(axis, np.cumsum(sizes)[:-1]))
+        for part in parts:
+            if len(part) == 1:
+                run.atoms.freeze(part)
         run.parts(parts)
     return [[*x[:dim], part, *x[dim + 1 :]] for part in parts]
 
@@ -229,6 +241,8 @@ def _unbind(run: Propagation, step: Operation) -> list[Axes]:
 def _slice(run: Propagation, step: Operation) -> list[Axes]:
     x, dim = list(run.axes(step.inputs["x"])), step.attrs["dim"]
     x[dim] = x[dim][step.attrs["start"] : step.attrs["end"] : step.attrs["step"]]
+    if len(x[dim]) == 1:  # it cannot get smaller
+        run.atoms.freeze(x[dim])
     return [x]
 
 
@@ -255,18 +269,19 @@ def _spatial(run: Propagation, step: Operation) -> list[Axes]:
 
 
 def _into_channels(run: Propagation, step: Operation) -> list[Axes]:
-    """Unfold, pixel unshuffle: every channel becomes a run of them."""
+    """Unfold, pixel unshuffle: every channel becomes a run of them, or with ``outer`` one in each of several runs."""
     x, out = run.axes(step.inputs["x"]), step.outputs[0].shape
     channel = len(out) - step.attrs["rank"] - 1
     for axis in x[channel + 1 :]:
         run.atoms.freeze(axis)
     inner = out[channel] // len(x[channel])
-    merged = run.atoms.merge((x[channel], frozen(inner))) if inner > 1 else x[channel]
+    factors = (frozen(inner), x[channel]) if step.attrs.get("outer") else (x[channel], frozen(inner))
+    merged = run.atoms.merge(factors) if inner > 1 else x[channel]
     return [[*x[:channel], merged, *(frozen(size) for size in out[channel + 1 :])]]
 
 
 def _from_channels(run: Propagation, step: Operation) -> list[Axes]:
-    """Fold, pixel shuffle: runs of channels become one."""
+    """Fold, pixel shuffle: runs of channels become one; with ``outer`` those at the same position of each run do."""
     x, out = run.axes(step.inputs["x"]), step.outputs[0].shape
     channel = len(x) - step.attrs["rank"] - 1
     for axis in x[channel + 1 :]:
@@ -275,7 +290,8 @@ def _from_channels(run: Propagation, step: Operation) -> list[Axes]:
     outer = axis
     if size != len(axis):
         outer = frozen(size) if is_frozen(axis) or size == 1 else run.atoms.fresh(size)
-        run.atoms.link(axis, (outer, frozen(len(axis) // size)))
+        inner = frozen(len(axis) // size)
+        run.atoms.link(axis, (inner, outer) if step.attrs.get("outer") else (outer, inner))
     return [[*x[:channel], outer, *(frozen(n) for n in out[len(out) - step.attrs["out_rank"] :])]]
 
 
@@ -332,6 +348,7 @@ RULES: Final[Mapping[str, Rule]] = {
     "pad": _pad,
     "permute": _permute,
     "recurrent": recurrent,
+    "recurrent_onnx": recurrent_onnx,
     "reduce": _reduce,
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,

@@ -128,12 +128,12 @@ class _Trial:
         return [*first, *second]
 
 
-def difference(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+def difference(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float = TOLERANCE) -> str:
     """What is unequal, empty if nothing is."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
         return "the outputs have other shapes"
     worst = max(map(relative_difference, wanted, found), default=0.0)
-    return "" if worst <= TOLERANCE else f"the outputs differ by {worst:.1e} of the largest"
+    return "" if worst <= tolerance else f"the outputs differ by {worst:.1e} of the largest"
 
 
 def relative_difference(wanted: Tensor, found: Tensor) -> float:
