@@ -117,6 +117,7 @@ METHODS: dict[str, Row] = {
     ),
 }
 ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3")
+LOW_RANK_FLOW = "attention of low rank (latent_q)"
 ROUTED_STREAM = "ffn_read: experts are called together, and their module takes and gives the whole stream"
 RATIOS = {"experts": 0.09, "kv": 0.08, "heads": 0.05, "blocks": 0.2, "dense-zeros": 0.25}
 """By kind of the units, or of an output that is more than smaller."""
@@ -180,6 +181,8 @@ class Cell:
     def refused(self) -> str:
         """Why the layout has to refuse; empty where it does not."""
         row = METHODS.get(self.method, Row())
+        if self.method == "synflow" and self.family.startswith("deepseek_v3"):
+            return LOW_RANK_FLOW
         if self.output in ("zeros", "factors"):
             return ""
         if row.not_native and self.layout == "native":
@@ -220,8 +223,11 @@ def ci_cells() -> list[Cell]:
     rotated = {Cell(f, "slicegpt", _Frozen(), "per-layer") for f in ("gpt_neox", "granite", "deepseek_v3")}
     homes = {cell for f in HOMES for cell in per_layer_cells(f)}
     homes |= {Cell("deepseek_v3", m, _Frozen(), "per-layer") for m in ("modegpt", "flap", "joint")}
+    alone = {Cell(f, "flap", _Frozen()) for f in ("bloom", "deepseek_v3")} | {
+        Cell("olmo2", "flap", _Frozen(), "per-layer")
+    }
     uneven = {Cell(f, m, _Frozen(), "per-layer") for f in WIDE for m in ("llm_pruner", "blockpruner")}
-    return sorted(wide | possible | more | shared | rotated | uneven | homes, key=str)
+    return sorted(wide | possible | more | shared | rotated | uneven | homes | alone, key=str)
 
 
 def per_layer_cells(family: str) -> list[Cell]:
@@ -379,7 +385,10 @@ def check_zeros(result: PruneResult, model: Path, output: Path, plan: Plan) -> N
     if plan.notes["weights"]["pattern"] == "element":
         assert gone == round(result.requested["ratio"] * result.achieved["params_before"])
     assert counted[0] - counted[1] == gone
-    assert {name: int(plan.masks[name].sum()) for name in plan.masks} == dict(plan.counts)
+    block = plan.notes["weights"]["pattern"].partition("x")  # whole ones stay or go: to the nearest of them
+    off = int(block[0]) * int(block[2]) / 2 if block[1] else 0
+    assert plan.masks.keys() == plan.counts.keys()
+    assert all(abs(int(plan.masks[name].sum()) - count) <= off for name, count in plan.counts.items())
     if not len(plan.edits) and not plan.kept:
         assert all(bool(((values == before[name]) | (values == 0)).all()) for name, values in after.items())
 
@@ -418,7 +427,9 @@ def run_cell(cell: Cell, folder: Path) -> str:
     if cell.refused:
         error = refusal(model, output, options)
         assert error is not None, "this cannot be cut, and it was not refused"
-        assert (error.exit_code, error.code) == (2, "not-native" if cell.layout == "native" else "not-exact")
+        expected = "not-native" if cell.layout == "native" else "not-exact"
+        assert error.exit_code == 2
+        assert error.code == ("not-supported" if cell.refused == LOW_RANK_FLOW else expected)
         assert error.found == cell.refused
         assert {p.name for p in folder.iterdir()} <= {"model", "notes.txt"}, "a refusal leaves something behind"
         assert hashes(model) == before

@@ -40,7 +40,7 @@ def document(results: Mapping[grid.Cell, str], seconds: float) -> str:
     reasons = list(dict.fromkeys(text.partition(": ")[2] for text in results.values() if ": " in text))
 
     def shown(cell: grid.Cell) -> str:
-        kind, _, reason = results[cell].partition(": ")
+        kind, _, reason = results.get(cell, "").partition(": ")
         return f"{kind} ({reasons.index(reason) + 1})" if reason else kind
 
     rows = {cell.row: replace(cell, family="") for cell in grid.method_cells()}
@@ -59,7 +59,8 @@ def document(results: Mapping[grid.Cell, str], seconds: float) -> str:
         f"by hooks (to {grid.SELECTION:g} with float64 norms, to {grid.ROTATION:g} with the stock ones), plain "
         "transformers loads it with no key missing or left over, the parameters reported are those of the file and of "
         "the loaded model, every hash in `secateur.json` is that of its tensor, a second run gives the same bytes, and "
-        "the input is untouched. `refused` cells end with exit code 2, this reason and nothing left behind.",
+        "the input is untouched. `refused` cells end with exit code 2, this reason and nothing left behind. Empty ones "
+        "are not run.",
         "## Families",
         "A space is cut by magnitude in the native layout, or in the per-layer one; the other columns are methods.",
         table(["family", *heads], by_family),

@@ -213,7 +213,7 @@ VARIANTS: dict[str, Tiny] = {
     "qwen2-full": Tiny({**GQA, "tie_word_embeddings": True}, model_type="qwen2"),
     "gpt2-inner": Tiny({**FAMILIES["gpt2"].config, "n_inner": 80}, FAMILIES["gpt2"].where, "gpt2"),
     "phi-norms": Tiny({**_PLAIN, "qk_layernorm": True}, FAMILIES["phi"].where, "phi"),
-    "phi3-longrope": Tiny({**_PLAIN, "rope_parameters": _LONG}, model_type="phi3"),
+    "phi3-longrope": Tiny({**_PLAIN, "rope_parameters": _LONG}, FAMILIES["phi3"].where, "phi3"),
     "gemma-one": Tiny({**GQA, "num_key_value_heads": 1}, model_type="gemma"),
     "gemma-untied": Tiny({**GQA, "tie_word_embeddings": False}, model_type="gemma"),
     "gpt_neox-sequential": Tiny({**_UNGROUPED, "use_parallel_residual": False}, _NEOX, "gpt_neox"),

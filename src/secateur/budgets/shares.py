@@ -104,7 +104,7 @@ def solve_shares(
     """The sizes on a path of shares nearest to the target; the FFN makes up for the coarser steps of the heads.
 
     Args:
-        budget: the request.
+        budget: the request; in the native layout the FFN takes the sizes that its stock class admits.
         shares_at: what every block keeps at a point from 0 to 1, growing.
         parts: what is narrowed, see ``narrowed``.
         base: sizes to start from.
@@ -113,13 +113,21 @@ def solve_shares(
         RequestError: as ``Budget.solve``.
     """
     what = " and ".join(parts)
-    if "ffn" not in parts or len(parts) == 1:
+
+    def of_ffn(start: Sizes | None) -> Sizes:
+        if budget.layout == "native":
+            return budget.solve("ffn", start)
+        return budget.solve_along(lambda t: narrowed(budget, shares_at(t), ("ffn",), start), what)
+
+    if "ffn" not in parts:
         return budget.solve_along(lambda t: narrowed(budget, shares_at(t), parts, base), what)
+    if len(parts) == 1:
+        return of_ffn(base)
     loose = replace(budget, tolerance=None)
     found = loose.solve_along(lambda t: narrowed(budget, shares_at(t), parts, base), what)
     whole = with_ffn_of(found, base or budget.sizes)
     try:
-        return budget.solve_along(lambda t: narrowed(budget, shares_at(t), ("ffn",), whole), what)
+        return of_ffn(whole)
     except RequestError:
         if budget.tolerance is not None:
             raise

@@ -50,8 +50,6 @@ def refusals(architecture: Architecture, kind: Kind, layout: Layout = "native") 
         reasons.append("one key/value head serves all query heads and stays; choose heads")
     if any(whole == ("head" if attention else kind) and _places(sizes, field) for field, whole in WHOLE.items()):
         reasons.append("a part of it is narrowed already; cut the model it was made from instead")
-    if any(whole == ("head" if attention else kind) for field, whole in WHOLE.items() if _places(sizes, field)):
-        reasons.append("a part of it is narrowed already; cut the model it was made from instead")
     if kind == "residual" and sizes.shortcuts:
         reasons.append("its stream changes bases already; cut the model it was made from instead")
     if kind == "residual" and roles.intersection(IN_THE_STREAM):

@@ -86,11 +86,11 @@ class Flap(Method):
         return replace(budget, targets=(Target("block_params", fraction=1 - self.sparsity),))
 
     def _with_biases(self, budget: Budget) -> Sizes:
-        """The dense sizes with every bias that the layout can add."""
+        """The dense sizes with every bias that the layout can add where units go."""
         sizes = budget.sizes
         if not self.bias or budget.layout == "native":
             return sizes
-        for flag in ("out_bias", "down_bias"):
+        for flag in dict.fromkeys(f"{_ROLES[kind]}_bias" for kind in self.kinds(budget)):
             for index, block in enumerate(sizes.blocks):
                 change: dict[str, Any] = {flag: True}
                 blocks = (*sizes.blocks[:index], replace(block, **change), *sizes.blocks[index + 1 :])
