@@ -1,17 +1,14 @@
 """Damaged and hostile files, and what reads them: the outcome is a result or a refusal, and nothing else is touched.
 
-A target is a folder with one file that is made bad, and a call that reads it. Mutations know the structure (JSON trees,
-safetensors headers, lengths and hashes that are made right again), so that they come past the first check.
+A target is a folder with one file that is made bad (``mutations.py``), and a call that reads it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -23,203 +20,27 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import encoders
 import models
 import secateur
+from mutations import Mutation, of_archive, of_bytes, of_json, of_lines, of_safetensors, of_yaml
 from secateur.archives.container import Archive
 from secateur.archives.delta_file import DeltaFile
 from secateur.checkpoints import Folder
+from secateur.data.pairs import read_pairs
+from secateur.data.sources import documents
 from secateur.data.windows import calibration_windows
 from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
 from secateur.errors import RequestError
-from secateur.inference.opening import family_text, read_family
-
-Mutation = Callable[[bytes, Random], bytes]
+from secateur.inference import open_checkpoint
+from secateur.inference.opening import FAMILY_FILE, family_text, read_family
+from secateur.meters.similarity import ScoredPairs
+from secateur.plans import Artifact
+from zoo import GQA, Tiny
 
 OUTPUT = "out"
 """What a target writes, if anything, beside its files."""
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    0,
-    -1,
-    1,
-    7,
-    2**31,
-    2**63,
-    10**30,
-    1e308,
-    float("nan"),
-    0.5,
-    "",
-    "x",
-    "F64",
-    "BF16",
-    "llama",
-    "gpt2",
-    "../canary",
-    "../../canary",
-    "/etc/passwd",
-    "a\0b",
-    "\ud800",
-    "a" * 5000,
-    [],
-    [[]],
-    {},
-    {"a": {"b": []}},
-    [0, 0],
-    [2**40, 2**40],
-    [-1, 8],
-    [1] * 300,
-)
-"""What is put in the place of something else."""
-YAMLS = (
-    b"!!python/object/apply:os.system ['touch canary2']",
-    b"a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: [*c, *c, *c, *c]\n",
-    b"&a {a: *a}",
-    b"- 1\n- 2\n",
-    b"\xff\xfe\x00",
-    b"{" * 400,
-    b"? [1]\n: 2\n",
-    b"2026-01-01: 3\n",
-)
-
-
-# -- mutations ---------------------------------------------------------------------------------------------------------
-
-
-def of_bytes(content: bytes, random: Random) -> bytes:
-    """Bytes changed, cut, doubled, added."""
-    found = bytearray(content)
-    for _ in range(random.choice((1, 1, 2, 5))):
-        at = random.randrange(len(found) + 1)
-        kind = random.randrange(6)
-        if kind == 0 and at < len(found):
-            found[at] ^= 1 << random.randrange(8)
-        elif kind == 1 and at < len(found):
-            found[at] = random.randrange(256)
-        elif kind == 2:
-            del found[at:]
-        elif kind == 3:
-            del found[at : at + random.choice((1, 4, 8, 64))]
-        elif kind == 4:
-            found[at:at] = random.choice((b"\0", b"\xff" * 8, b"{", b'"', b"[" * 300, b"-", b"1e999", b"\n", b"../"))
-        else:
-            found[at:at] = found[max(0, at - 40) : at]
-    return bytes(found)
-
-
-def of_tree(tree: Any, random: Random) -> Any:
-    """A JSON value in which some node was replaced, removed, added or moved; the one given is changed."""
-    holder: Any = [tree]
-    for _ in range(random.choice((1, 1, 1, 2, 4))):
-        parent, keys = holder, [0]
-        while True:
-            key = random.choice(keys)
-            below = parent[key]
-            inner = list(below) if isinstance(below, dict) else list(range(len(below))) if _long(below) else []
-            if not inner or random.random() < 0.25:
-                break
-            parent, keys = below, inner
-        kind = random.randrange(8)
-        if kind == 0 and parent is not holder:
-            del parent[key]
-        elif kind == 1 and isinstance(parent, dict):
-            added = random.choice(("", "x", "../x", "shape", "__metadata__", "model.norm.weight"))
-            parent[added] = deepcopy(parent[key])
-        elif kind == 2 and isinstance(parent[key], int) and not isinstance(parent[key], bool):
-            parent[key] += random.choice((-1, 1, 8, -8, 2**32))
-        elif kind == 3 and parent is not holder:
-            other = random.choice(keys)
-            parent[key], parent[other] = deepcopy(parent[other]), deepcopy(parent[key])
-        elif kind == 4 and isinstance(parent[key], str):
-            at = random.randrange(len(parent[key]) + 1)
-            parent[key] = parent[key][:at] + random.choice(("", "x", "/", "..", "\0", "9")) + parent[key][at + 1 :]
-        else:
-            parent[key] = deepcopy(random.choice(VALUES))
-    return holder[0]
-
-
-def _long(node: Any) -> bool:
-    return isinstance(node, list) and bool(node)
-
-
-def of_json(content: bytes, random: Random) -> bytes:
-    """A JSON file with a changed tree, at times with changed bytes."""
-    if random.random() < 0.2:
-        return of_bytes(content, random)
-    return json.dumps(of_tree(json.loads(content), random)).encode("utf-8", "surrogatepass")
-
-
-def of_lines(content: bytes, random: Random) -> bytes:
-    """Lines of JSON, of which one is changed, doubled, lost or moved."""
-    lines = content.splitlines()
-    at = random.randrange(len(lines))
-    kind = random.randrange(5)
-    if kind == 0:
-        del lines[at]
-    elif kind == 1:
-        lines.insert(at, lines[random.randrange(len(lines))])
-    elif kind == 2:
-        return of_bytes(content, random)
-    else:
-        lines[at] = of_json(lines[at], random)
-    return b"\n".join(lines) + b"\n"
-
-
-def of_yaml(content: bytes, random: Random) -> bytes:
-    """A YAML file with a changed tree, changed bytes, or something of bad repute."""
-    kind = random.random()
-    if kind < 0.2:
-        return of_bytes(content, random)
-    if kind < 0.3:
-        return random.choice(YAMLS)
-    tree = of_tree(yaml.safe_load(content), random)
-    return json.dumps(tree).encode("utf-8", "surrogatepass")  # which is YAML as well
-
-
-def of_safetensors(content: bytes, random: Random) -> bytes:
-    """A safetensors file with another header, its length right; at times with a wrong length or changed bytes."""
-    kind = random.random()
-    length = int.from_bytes(content[:8], "little")
-    if kind < 0.15:
-        return of_bytes(content[: 8 + length], random) + content[8 + length :]
-    if kind < 0.25:
-        wrong = random.choice((0, 1, length - 1, length + 1, len(content), 2**40, 2**63, 2**64 - 1))
-        return wrong.to_bytes(8, "little") + content[8:]
-    if kind < 0.35:
-        return content[: random.randrange(len(content))]
-    if kind < 0.4:
-        return content + b"\0" * random.choice((1, 8, 1000))
-    header = json.loads(content[8 : 8 + length])
-    meta = header.get("__metadata__")
-    inner = [key for key, value in (meta or {}).items() if value[:1] in "{["]
-    if inner and random.random() < 0.7:  # JSON within: what Secateur's own files say of their tensors
-        key = random.choice(inner)
-        meta[key] = json.dumps(of_tree(json.loads(meta[key]), random))
-    else:
-        header = of_tree(header, random)
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[8 + length :]
-
-
-def of_archive(content: bytes, random: Random) -> bytes:
-    """A bits-back archive with another header or other words, its lengths and its hash right."""
-    if random.random() < 0.2:
-        return of_bytes(content, random)
-    start = 16 + int.from_bytes(content[8:16], "little")
-    header, words = content[16:start], content[start:-32]
-    if random.random() < 0.7:
-        header = json.dumps(of_tree(json.loads(header), random)).encode("utf-8", "surrogatepass")
-    else:
-        words = of_bytes(words, random)
-        words = words[: len(words) // 4 * 4]
-    data = content[:8] + len(header).to_bytes(8, "little") + header + words
-    return data + hashlib.sha256(data).digest()
-
-
-# -- targets -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,6 +140,55 @@ def _texts(folder: Path) -> None:
     (folder / "ids.npy").write_bytes(buffer.getvalue())
 
 
+def _parquet(folder: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    _model(folder)
+    table = pyarrow.table({"text": [models.text(20, i) for i in range(8)]})
+    pyarrow.parquet.write_table(table, folder / "data.parquet")
+
+
+def _encoder(folder: Path) -> None:
+    encoders.save(folder / "encoder", pooling="mean_tokens")
+    encoders.write_pairs(folder / "pairs.jsonl")
+    encoders.write_scored(folder / "scored.jsonl")
+
+
+def _unknown(folder: Path) -> None:
+    """A model without a family file of ours, and the one beside it that was inferred."""
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "head_dim": 8}
+    models.save(folder / "model", Tiny({**GQA, **config}, model_type="arcee"))
+    (folder / "model" / FAMILY_FILE).write_text(family_text(open_checkpoint(folder / "model").architecture.origin))
+
+
+def _policy(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"weight": torch.randn(4, 8, generator=generator), "bias": torch.randn(4, generator=generator)}
+    Artifact(tensors, {"format": 1, "sizes": [4, 8], "rate": 0.5}).save(folder, "policy")
+
+
+def _training(folder: Path) -> None:
+    """A recovery that was interrupted behind a point at which its state was saved, and what it would have given."""
+    (folder / "notes.txt").write_text(models.text(200))
+    _model(folder)
+    _recover(folder, "done")
+    with pytest.raises(KeyboardInterrupt):
+        _recover(folder, "out", _Stop("train", 6))
+    (folder / ".out.secateur").rename(folder / "interrupted")
+
+
+def _recover(folder: Path, output: str, progress: Silent | None = None) -> None:
+    options = {"batch": 2, "every": 4, "validation": 2, "rank": 2}
+    how = {"data": folder / "notes.txt", "steps": 8, "length": 8, "options": options, "progress": progress}
+    secateur.recover(folder / "model", output=folder / output, **how)
+
+
+def resume_training(folder: Path) -> None:
+    """The same training again, whatever became of its state."""
+    _resumed(folder, _recover)
+
+
 def _windows(source: str) -> Callable[[Path], object]:
     return lambda folder: calibration_windows(str(folder / source), folder / "model", 300, 4, 16, 0)
 
@@ -338,16 +208,17 @@ def _preview(name: str) -> Callable[[Path], object]:
 
 
 class _Stop(Silent):
-    """Interrupts a run in the middle of its last sweep."""
+    """Interrupts a run in the middle of a phase."""
 
-    what = ""
+    def __init__(self, phase: str, steps: int) -> None:
+        self.phase, self.steps, self.what = phase, steps, ""
 
     def start(self, what: str, total: int) -> None:
         del total
         self.what = what
 
     def step(self, done: int) -> None:
-        if self.what == "cut" and done == 2:
+        if self.what == self.phase and done >= self.steps:
             raise KeyboardInterrupt
 
 
@@ -356,7 +227,7 @@ def _interrupted(folder: Path) -> None:
     _model(folder)
     _run(folder, "done")
     with pytest.raises(KeyboardInterrupt):
-        _run(folder, "out", _Stop())
+        _run(folder, "out", _Stop("cut", 2))
     (folder / ".out.secateur").rename(folder / "interrupted")
 
 
@@ -367,10 +238,14 @@ def _run(folder: Path, output: str, progress: Silent | None = None) -> None:
 
 def resume(folder: Path) -> None:
     """The same command again: the bytes of a straight run, whatever became of its journal and files."""
+    _resumed(folder, _run)
+
+
+def _resumed(folder: Path, run: Callable[[Path, str], None]) -> None:
     work = folder / ".out.secateur"
     shutil.copytree(folder / "interrupted", work)
     try:
-        _run(folder, "out")
+        run(folder, "out")
         written, straight = ((folder / name / "model.safetensors").read_bytes() for name in ("out", "done"))
         assert written == straight, "a resumed run wrote something else"
     finally:
@@ -404,6 +279,17 @@ TARGETS: Mapping[str, Target] = {
     "edits": Target(_interrupted, "interrupted/plan-edits-blocks.1.safetensors", of_safetensors, resume, 0.05),
     "decision": Target(_interrupted, "interrupted/decided/plan.json", of_json, resume, 0.05),
     "half an output": Target(_interrupted, "interrupted/out/model.safetensors", of_safetensors, resume, 0.05),
+    "state of a training": Target(_training, "interrupted/state-4.safetensors", of_safetensors, resume_training, 0.03),
+    "journal of a training": Target(_training, "interrupted/journal.jsonl", of_lines, resume_training, 0.03),
+    "artifact": Target(_policy, "policy.safetensors", of_safetensors, lambda f: Artifact.load(f / "policy"), 4),
+    "settings of an artifact": Target(_policy, "policy.json", of_json, lambda f: Artifact.load(f / "policy"), 2),
+    "parquet": Target(_parquet, "data.parquet", of_bytes, lambda f: list(documents(str(f / "data.parquet"))), 4),
+    "steps of an encoder": Target(_encoder, "encoder/modules.json", of_json, _preview("encoder"), 0.3),
+    "pooling": Target(_encoder, "encoder/1_Pooling/config.json", of_json, _preview("encoder"), 0.3),
+    "pairs": Target(_encoder, "pairs.jsonl", of_lines, lambda f: read_pairs(str(f / "pairs.jsonl")), 4),
+    "scored pairs": Target(_encoder, "scored.jsonl", of_lines, lambda f: ScoredPairs.read(str(f / "scored.jsonl")), 4),
+    "family beside a model": Target(_unknown, f"model/{FAMILY_FILE}", of_yaml, _preview("model"), 0.1),
+    "configuration of an unknown type": Target(_unknown, "model/config.json", of_json, _preview("model"), 0.1),
     "archive": Target(_archive, "archive", of_archive, lambda f: Archive.load(f / "archive"), 8),
     "unpacking an archive": Target(
         _archive, "archive", of_archive, lambda f: secateur.unpack(f / "archive", f / "out"), 0.2

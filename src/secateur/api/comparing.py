@@ -26,10 +26,11 @@ from secateur.engine.comparison import (
     layouts_of,
     rows_of,
 )
+from secateur.engine.files import write_whole
 from secateur.engine.journal import Journal
 from secateur.engine.prepare import resolve_device
 from secateur.engine.progress import Progress, Silent
-from secateur.engine.publish import next_free
+from secateur.engine.publish import appear
 from secateur.engine.request import checked
 from secateur.engine.run import model_digest
 from secateur.engine.workers import Workers
@@ -43,6 +44,7 @@ from secateur.version import __version__
 JOURNAL: Final = "results.jsonl"
 RESULTS: Final = "results.json"
 MODELS: Final = "models"
+_PUT_BACK: Final = "put it back and give the same command, or --force to begin anew"
 _WORKER: Final = "secateur.api.cells"
 
 
@@ -89,11 +91,11 @@ def compare(
     checkpoint = open_checkpoint(Path(locate(request.model)), told.note)
     checkpoint.require_tokens("a comparison by perplexity")
     run = _Run(request, rows, cells, output_folder, checkpoint, told)
-    with workplace(output_folder, [checkpoint]) as place:
+    with workplace(output_folder, [checkpoint], free=True) as place:
         results = run.all_cells(place.folder)
         results["seconds"] = round(time.perf_counter() - started, 3)
         shown = write_comparison(output_folder, results)
-        (output_folder / RESULTS).write_text(json.dumps(shown, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_whole(output_folder / RESULTS, json.dumps(shown, indent=1, allow_nan=False) + "\n")
         shutil.rmtree(place.folder, ignore_errors=True)
     return shown
 
@@ -144,33 +146,35 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.machine = conditions(resolve_device(self.request.device))
+        self._inputs = self._digests()
 
     def all_cells(self, work: Path) -> dict[str, Any]:
         """Run what is not done yet; everything that there is to say."""
-        journal = self._journal() if (self.output / JOURNAL).is_file() and not self.request.force else None
+        journal = self._journal(self.output) if (self.output / JOURNAL).is_file() and not self.request.force else None
         with Workers(_WORKER, work) as workers:
             known = journal.done("dense") if journal is not None else []
             dense = known[-1] if known else workers.run("measure_dense", self._dense_job())
+            self._require_same_inputs()
             if journal is None:
-                journal = self._begin()
+                journal = self._begin(work)
             if not known:
                 journal.add("dense", **dense)
             self._remaining(journal, workers, work)
         found = self._finished(journal)
         return self._results({k: v for k, v in dense.items() if k != "step"}, [found[_key(c.key)] for c in self.cells])
 
-    def _begin(self) -> Journal:
-        """An empty folder of results; an old one goes aside."""
-        if self.output.exists():
-            aside = next_free(self.output)
-            self.output.rename(aside)
-            self.told.note(f"the old {self.output.name} is now {aside.name}")
-        self.output.mkdir(parents=True)
-        return self._journal()
+    def _begin(self, work: Path) -> Journal:
+        """A folder of no results yet, which appears with its journal in it; an old one goes aside."""
+        begun = work / "begun"
+        shutil.rmtree(begun, ignore_errors=True)
+        begun.mkdir()
+        self._journal(begun)
+        appear(begun, self.output, self.told)
+        return self._journal(self.output)
 
-    def _journal(self) -> Journal:
+    def _journal(self, folder: Path) -> Journal:
         hint = "repeat that request, name another folder, or --force to begin anew"
-        return Journal(self.output, self._fingerprint(), JOURNAL, hint)
+        return Journal(folder, self._fingerprint(), JOURNAL, hint)
 
     def _remaining(self, journal: Journal, workers: Workers, work: Path) -> None:
         finished = {key for key, cell in self._finished(journal).items() if cell["state"] != "failed"}
@@ -181,6 +185,7 @@ class _Run:
         for position, cell in enumerate(self.cells, 1):
             if _key(cell.key) not in finished:
                 figures = self._run(cell, workers, work)
+                self._require_same_inputs()
                 self.told.note(f"{cell}: {_said(figures)}")
                 journal.add("cell", **cell.key, **figures)
             self.told.step(position)
@@ -246,13 +251,32 @@ class _Run:
         names = ("context", "quantum", "tolerance", "device", "dtype", "seed", "keep")
         return {
             "version": __version__,
-            "model": model_digest(self.checkpoint),
-            "data": None if request.data is None else _digest(source_files(request.data)) or request.data,
-            "text": _digest([Path(str(request.text))]),
+            **self._inputs,
             **self._calibration(),
             **{name: getattr(request, name) for name in names},
             "machine": self.machine,
         }
+
+    def _digests(self) -> dict[str, Any]:
+        """What tells whether model and texts are those of the first cell."""
+        data = self.request.data
+        return {
+            "model": model_digest(self.checkpoint),
+            "data": None if data is None else _digest(source_files(data)) or data,
+            "text": _digest([Path(str(self.request.text))]),
+        }
+
+    def _require_same_inputs(self) -> None:
+        """Refuse to note figures of texts or a model that changed while they were made."""
+        try:
+            now = self._digests()
+        except OSError as error:
+            now = {name: str(error) for name in self._inputs}
+        for name, digest in now.items():
+            if digest != self._inputs[name]:
+                asked = f"{name} {getattr(self.request, name)!r}"
+                found = "it was written to, or taken away, while cells were made of it"
+                refuse("source-changed", asked, found, _PUT_BACK)
 
     def _results(self, dense: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         request = self.request
@@ -270,7 +294,7 @@ class _Run:
             "requested": request.model_dump(mode="json", exclude={"output", "force", "model"}),
             "dense": {key: value for key, value in dense.items() if key != "data"},
             "data": dense["data"],
-            "text_sha256": _digest([Path(str(request.text))]),
+            "text_sha256": self._inputs["text"],
             "machine": self.machine,
             "methods": [
                 {"label": row.label, "method": row.method, "options": dict(row.options), "seeded": row.settings.seeded}

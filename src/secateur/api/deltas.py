@@ -86,13 +86,13 @@ def delta_pack(
             request.trust_remote_code,
         )
         ids = windows.ids
-    with passing_workplace(path) as work:
+    with passing_workplace(path, request.force) as work:
         signals = {}
         if ids is not None and (chosen.asks_signals or chosen.rescale == "analytic"):
             signals = dict(gather(fine, ids, dtype, device, work, told))
         pruner = Pruner(fine, chosen, request.ratio, signals)
         rescale, tried = found_rescale(chosen, pruner, ids, dtype, device, request.seed, told)
-        new = work / path.name
+        new = work / "delta"
         account, header = write_delta(pruner, rescale, request.seed, new, work, told)
         DeltaFile(new)
         size = new.stat().st_size
@@ -142,7 +142,7 @@ def delta_apply(
     origin = open_checkpoint(Path(locate(str(base))))
     if path.resolve() == origin.folder.path.resolve():
         refuse("output-is-input", f"output {str(output)!r}", "it is the base's own folder", "name another folder")
-    with passing_workplace(path) as work:
+    with passing_workplace(path, force) as work:
         folder = work / "out"
         digests = apply_delta(origin, source, folder, told)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from safetensors import SafetensorError
 from torch import nn
 
 from secateur.checkpoints import Checkpoint
-from secateur.engine.journal import locked, work_folder
+from secateur.engine.journal import JOURNAL, LOCK, locked, work_folder
 from secateur.engine.request import Request
-from secateur.errors import RequestError, refuse
+from secateur.errors import InternalError, RequestError, refuse
 from secateur.meters.counts import count, nonzero
+
+_MACHINE: Final = {
+    errno.ENOSPC: "no-space",
+    errno.EDQUOT: "no-space",
+    errno.EFBIG: "no-space",
+    errno.EROFS: "unwritable",
+    errno.EACCES: "unwritable",
+    errno.EPERM: "unwritable",
+    errno.EIO: "disk-failed",
+}
+_AGAIN: Final = "make it possible, and give the same command again"
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def require_output(request: Request, what: str) -> Path:
 
 def require_free(output: Path, force: bool) -> Path:
     """A file or folder to write; one that exists is refused unless it may be moved aside."""
-    if output.exists() and not force:
+    if (output.exists() or output.is_symlink()) and not force:
         hint = "choose another name, or --force to move the old one aside"
         refuse("output-exists", f"output {str(output)!r}", "it exists already", hint)
     return output
@@ -70,13 +85,47 @@ def require_text(request: Request) -> None:
 
 
 @contextmanager
-def passing_workplace(output: Path) -> Iterator[Path]:
-    """A work folder beside an output that is made in one go: gone at the end, however it ends."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+def faults_told(output: Path) -> Iterator[None]:
+    """What the machine refuses while an output is made, said as every other failure is.
+
+    Raises:
+        InternalError: no space, or no permission, where the output is made.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = str(error)
+        number = error.errno if isinstance(error, OSError) else _number_in(said)
+        if number not in _MACHINE:
+            raise
+        file = f" ({Path(str(error.filename)).name})" if isinstance(error, OSError) and error.filename else ""
+        found = f"{os.strerror(number)}{file}"
+        raise InternalError(_MACHINE[number], f"writing {str(output)!r}", found, _AGAIN) from error
+
+
+def _number_in(said: str) -> int:
+    """The number of the system's error that safetensors only tells of in words; 0 where there is none."""
+    found = re.search(r"os error (\d+)", said)
+    return int(found.group(1)) if found else 0
+
+
+@contextmanager
+def passing_workplace(output: Path, force: bool) -> Iterator[Path]:
+    """A work folder beside an output that is made in one go: gone at the end, however it ends.
+
+    What a killed process left there goes first; an interrupted run is not touched.
+    """
     work = work_folder(output)
     with locked(work):
+        require_free(output, force)
+        if (work / JOURNAL).exists():
+            found = f"{work.name} holds an interrupted run of another command"
+            refuse("other-request", f"output {str(output)!r}", found, f"finish that run, or delete {work.name}")
         try:
-            yield work
+            for left in set(work.iterdir()) - {work / LOCK}:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            with faults_told(output):
+                yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -90,23 +139,28 @@ class Workplace:
 
 
 @contextmanager
-def workplace(output: Path, inputs: Sequence[Checkpoint]) -> Iterator[Workplace]:
+def workplace(output: Path, inputs: Sequence[Checkpoint], free: bool) -> Iterator[Workplace]:
     """Hold the work folder of an output that is none of the inputs.
 
     A refused request leaves no work folder behind, unless it holds somebody else's work.
+
+    Args:
+        free: whether an output may be there already, to be moved aside or gone on with.
     """
     if output.resolve() in {checkpoint.folder.path.resolve() for checkpoint in inputs}:
         refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
     place = Workplace(work_folder(output))
-    existed = place.folder.exists()
-    try:
-        with locked(place.folder):
-            yield place
-    except RequestError:
-        if not existed and not place.precious:
-            shutil.rmtree(place.folder, ignore_errors=True)
-        raise
+    with locked(place.folder):
+        fresh = [path.name for path in place.folder.iterdir()] == [LOCK]
+        try:
+            if not free:
+                require_free(output, force=False)  # again: another process may have made it meanwhile
+            with faults_told(output):
+                yield place
+        except RequestError:
+            if fresh and not place.precious:  # while the lock is held: the folder is nobody else's
+                shutil.rmtree(place.folder, ignore_errors=True)
+            raise
 
 
 def achieved_of(before: Checkpoint, after: Checkpoint, zeros: bool = False) -> dict[str, int]:

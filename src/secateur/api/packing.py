@@ -91,7 +91,7 @@ def pack(
     if wanted == "square" and not free.shortcuts:
         found = "one basis serves all of its norms, so that there is no shortcut"
         refuse("bad-form", f"packing {str(model)!r} in the square form", found, "--form triangular")
-    with passing_workplace(path) as work:
+    with passing_workplace(path, force) as work:
         told.start("pack", len(content.groups(wanted)))
         first, files, clear = _companions(checkpoint.folder)
         stack, written, saved = write(content, tensors, wanted, first, told.step)
@@ -100,11 +100,12 @@ def pack(
         header = Header(
             form=wanted, clear=clear, files=files, weights=weights, content=_digest(first, written), saved=figures
         )
-        new = work / path.name
+        new = work / "archive"
         Archive(header, stack.words).save(new)
         _extract(Archive.load(new), work / "out")
         outcome = _compare(checkpoint, work / "out") if check else None
         size = new.stat().st_size
+        checkpoint.folder.require_unchanged()
         appear(new, path, told)
     return {
         "output": str(path),
@@ -141,7 +142,7 @@ def unpack(
     require_free(path, force)
     require_coder()
     source = Archive.load(Path(archive))
-    with passing_workplace(path) as work:
+    with passing_workplace(path, force) as work:
         folder = work / "out"
         _extract(source, folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

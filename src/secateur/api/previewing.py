@@ -24,7 +24,7 @@ from secateur.engine.prepare import (
 )
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.request import PruneRequest, make_request
-from secateur.errors import RequestError, SecateurError
+from secateur.errors import RequestError
 from secateur.families import Architecture
 from secateur.families.loading import loads_in
 from secateur.inference import read_checkpoint
@@ -52,15 +52,15 @@ def preview(
     """
     if is_onnx(model) and recipe is None:
         return preview_onnx(str(model), options)
-    problems: list[SecateurError] = []
-    found: dict[str, Any] = {"problems": []}
+    problems: list[dict[str, str]] = []  # not the errors: their tracebacks hold whole models, and this list
+    found: dict[str, Any] = {"problems": problems}
 
     @contextmanager
     def collecting() -> Iterator[None]:
         try:
             yield
         except RequestError as error:
-            problems.append(error)
+            problems.append(error.as_dict())
 
     request: PruneRequest | None = None
     method: Method | None = None
@@ -78,15 +78,15 @@ def preview(
             with collecting():
                 require_output(request, "a prune")
         if request.data not in (None, "-") and request.data.startswith(("/", ".")) and not Path(request.data).exists():
-            problems.append(RequestError("no-data", f"data {request.data!r}", "there is no such file or folder"))
+            missing = RequestError("no-data", f"data {request.data!r}", "there is no such file or folder")
+            problems.append(missing.as_dict())
     if name is not None:
         with collecting():
             checkpoint = read_checkpoint(Path(locate(name)), (progress or Silent()).note)
-            problems.extend(checkpoint.problems)
+            problems.extend(problem.as_dict() for problem in checkpoint.problems)
     if request is not None and method is not None and checkpoint is not None and not checkpoint.problems:
         with collecting():
             found.update(_foresee(request, method, checkpoint))
-    found["problems"] = [problem.as_dict() for problem in problems]
     return found
 
 

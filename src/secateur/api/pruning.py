@@ -99,7 +99,7 @@ def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> Pru
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
         progress.note(f"method {prepared.method.name}, output {_worth(prepared)}")
-        with workplace(output, [prepared.checkpoint]):
+        with workplace(output, [prepared.checkpoint], request.force):
             parts = (
                 _copy(prepared, output, progress)
                 if request.is_copy
@@ -162,6 +162,7 @@ def _cut(
     parts = (count_parts(prepared.checkpoint), count_parts(result))
     name = prepared.request.model if named else "a module in memory"
     write_report(run.result, PruneFacts(name, record, plan, achieved, parts, recipe, figures, speed, facts, similar))
+    prepared.checkpoint.folder.require_unchanged()
     run.publish()
     return achieved, figures, record["loads_in"], record.get("packed"), similar
 
@@ -180,6 +181,7 @@ def _copy(prepared: Prepared, output: Path, progress: Progress) -> Parts:
         value = perplexity(checkpoint, text, prepared.dtype, prepared.device)
         figures = {"before": value, "after": value, "context": text.context, "tokens": text.tokens}
     similar = _similarities(prepared, checkpoint)
+    checkpoint.folder.require_unchanged()
     publish(copy, output, progress)
     loads = {"transformers": f"verified({transformers.__version__})"}
     loads = loads_packed(loads) if checkpoint.folder.is_packed else loads

@@ -113,7 +113,7 @@ def _recover_folder(
         _require_memory(job)
         recipe = _recipe(request, options, in_memory)
         inputs = [found for found in (job.checkpoint, job.teacher) if found is not None]
-        with workplace(output, inputs) as place:
+        with workplace(output, inputs, request.force) as place:
             work = place.folder
             journal = Journal(work, job.fingerprint())
             if journal.resumed:
@@ -138,6 +138,8 @@ def _recover_folder(
             (result.folder.path / RECIPE).write_text(recipe, encoding="utf-8")
             name = "a module in memory" if "model" in in_memory else request.model
             write_report(result.folder.path, RecoverFacts(name, record, achieved, recipe, figures, facts))
+            for source in inputs:
+                source.folder.require_unchanged()
             publish(result.folder.path, output, progress)
     return RecoverResult(
         method=request.method,

@@ -22,9 +22,10 @@ def pack_sparse(model: str | Path, output: Path, force: bool, progress: Progress
     """Write a folder with packed weight files; see :func:`secateur.pack`."""
     started = time.perf_counter()
     source = _free(Folder(Path(locate(str(model)))), output, force)
-    with passing_workplace(output) as work:
+    with passing_workplace(output, force) as work:
         accounts = pack_folder(source, work / "out", progress)
         mark_packed(work / "out", accounts)
+        source.require_unchanged()
         publish(work / "out", output, progress)
     return {
         "output": str(output),
@@ -41,14 +42,15 @@ def unpack_sparse(folder: Path, output: Path, force: bool, progress: Progress) -
     source = _free(Folder(folder), output, force)
     if not source.is_packed:
         refuse("not-packed", f"unpacking {str(folder)!r}", "its weight files are not packed", "it loads as it is")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
     if source.dense_bytes > free:
         found = f"its tensors have {source.dense_bytes:,} bytes, {free:,} are free there"
         refuse("no-space", f"unpacking {str(folder)!r}", found, "free some space, or choose another disk")
-    with passing_workplace(output) as work:
+    with passing_workplace(output, force) as work:
         unpack_folder(source, work / "out", progress)
         size = Folder(work / "out").bytes
+        source.require_unchanged()
         publish(work / "out", output, progress)
     return {
         "output": str(output),

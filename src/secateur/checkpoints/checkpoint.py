@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.embedding import Embedding, embedding_of
-from secateur.checkpoints.folder import WEIGHT_DTYPES, Folder, TensorHeader
+from secateur.checkpoints.folder import CONFIG, WEIGHT_DTYPES, Folder, TensorHeader
 from secateur.errors import RequestError, refuse
-from secateur.families import Architecture, Block, Family, Packed, canonical_name
+from secateur.families import Architecture, Block, Family, Packed, canonical_name, load_family
 
 HEAD = canonical_name(None, "head", "weight")
 EMBEDDING = canonical_name(None, "embedding", "weight")
@@ -41,6 +41,7 @@ class Checkpoint:
 
     def __init__(self, folder: Folder, family: Family | None = None) -> None:
         self.folder = folder
+        _require_so_many_blocks(folder, family)
         self.architecture = Architecture(folder.config, family, folder.layers)
         self.packed: dict[Block, list[Packed]] = {}
         self.repeated_head: str | None = None
@@ -201,6 +202,15 @@ class Checkpoint:
             require_finite(packed.name, found[packed.name])
             result.update(packed.unpack(found[packed.name], self.architecture.shapes))
         return result if wanted is None else {name: result[name] for name in result if name in wanted}
+
+
+def _require_so_many_blocks(folder: Folder, family: Family | None) -> None:
+    """Refuse a configuration with more blocks than there are tensors, before the stock class builds them all."""
+    key = (family or load_family(str(folder.config.get("model_type")))).sizes.get("blocks")
+    said = folder.config.get(str(key))
+    if isinstance(said, int) and said > len(folder.headers):
+        found = f"it asks for {said} blocks, and the files hold {len(folder.headers)} tensors"
+        refuse("bad-config", f"{CONFIG} of {str(folder.path)!r}", found, "fetch the checkpoint again")
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

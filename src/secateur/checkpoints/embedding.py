@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from secateur.checkpoints.folder import Folder, read_json
+from secateur.checkpoints.packed import can_name
 from secateur.errors import refuse
 from secateur.families import Family
 from secateur.families.schema import Pooling
@@ -68,9 +69,13 @@ def _modules(path: Path) -> list[tuple[str, str]]:
     """Kind and folder of every module, in their order."""
     try:
         listed: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return [(str(each["type"]).rpartition(".")[2], str(each["path"])) for each in listed]
-    except (ValueError, KeyError, TypeError) as error:
+        found = [(str(each["type"]).rpartition(".")[2], str(each["path"])) for each in listed]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         refuse("bad-json", f"reading {MODULES}", f"it is no list of modules ({error!r})", "fetch the checkpoint again")
+    for _, place in found:
+        if place and not all(map(can_name, place.split("/"))):
+            refuse("bad-json", f"reading {MODULES}", f"path {place!r} leaves the folder", "fetch the checkpoint again")
+    return found
 
 
 def _pooling(path: Path) -> Pooling:

@@ -84,6 +84,7 @@ class Folder:
         self.is_packed = not dense and any((path / name).is_file() for name in (PACKED_INDEX, PACKED + _SINGLE))
         self._kind = PACKED if self.is_packed else MODEL
         self.weight_map = self._weight_files()
+        self._states = self._state_of_files()
 
     def _layers(self) -> Sizes | None:
         """Sizes of a checkpoint whose layers differ; None for one that is what its configuration says."""
@@ -127,6 +128,29 @@ class Folder:
     def files(self) -> list[str]:
         """Names of the weight files, sorted."""
         return [self._kind + _SINGLE] if self.weight_map is None else sorted(set(self.weight_map.values()))
+
+    def _state_of_files(self) -> dict[str, tuple[int, int, int] | None]:
+        """Size, time and number of every file that says what the weights are."""
+        found: dict[str, tuple[int, int, int] | None] = {}
+        for name in (CONFIG, RECORD, self._kind + _INDEX, *self.files):
+            try:
+                state = (self.path / name).stat()
+            except FileNotFoundError:
+                found[name] = None
+            else:
+                found[name] = state.st_size, state.st_mtime_ns, state.st_ino
+        return found
+
+    def require_unchanged(self) -> None:
+        """Refuse a folder that somebody has written to since it was opened.
+
+        Raises:
+            RequestError: naming the file.
+        """
+        for name, state in self._state_of_files().items():
+            if state != self._states[name]:
+                found = f"{name} was written to, or taken away, while it was read"
+                refuse("source-changed", f"model {str(self.path)!r}", found, "give the command again on a quiet folder")
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
@@ -184,6 +208,7 @@ class Folder:
                 refuse("missing-tensor", f"tensor {name}", "it is in no file", near(name, self.headers))
             by_file.setdefault(stored.file, []).append(stored)
         for file, members in by_file.items():
+            self.require_unchanged()  # of a file that is cut short while it is mapped, the process would die
             with self._open(file) as handle:
                 for stored in members:
                     yield stored.header.name, read_stored(handle, stored)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -15,15 +20,45 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns every failure into its message and exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # where the system ends the process, say where it stood
+    try:
+        with _ended_like_an_interrupt():
+            code = _run(words, as_json)
+    except KeyboardInterrupt:
+        message = "interrupted; the same command resumes"
+        code = _fail({"code": "interrupted", "asked": "", "found": message, "hint": ""}, message, 130, as_json)
+    sys.exit(code)
+
+
+@contextmanager
+def _ended_like_an_interrupt() -> Iterator[None]:
+    """SIGTERM clears up and says so as an interrupt from the keyboard does."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(words: list[str], as_json: bool) -> int:
+    """The exit code of a command.
+
+    Raises:
+        KeyboardInterrupt: somebody ended it.
+    """
     try:
         code = app(words, prog_name="secateur", standalone_mode=False)
         if code == 130:  # what typer makes of an interrupt inside a command
             raise KeyboardInterrupt
     except SecateurError as error:
         code = _fail(error.as_dict(), str(error), error.exit_code, as_json)
-    except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted; the same command resumes"
-        code = _fail({"code": "interrupted", "asked": "", "found": message, "hint": ""}, message, 130, as_json)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the command line
             message = error.format_message()
@@ -36,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             hint = "set SECATEUR_DEBUG=1 for the traceback"
             content = {"code": "internal", "asked": " ".join(words), "found": found, "hint": hint}
             code = _fail(content, f"{found} ({hint})", 1, as_json)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _fail(content: dict[str, str], message: str, code: int, as_json: bool) -> int:

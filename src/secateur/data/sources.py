@@ -97,7 +97,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         where = f"line {number} of {path}"
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             refuse("bad-jsonl", where, f"not JSON ({error})")
         yield where, record
 
@@ -122,8 +122,16 @@ def _from_parquet(path: Path, field: str) -> Iterator[Document]:
             "no-field", f"column {field!r} of {path}", f"its columns are {', '.join(names)}", "name it: --text-field"
         )
     column = field if field in names else "messages"
-    for batch in file.iter_batches(columns=[column]):
-        for value in batch.column(0).to_pylist():
+    batches = file.iter_batches(columns=[column])
+    while True:
+        try:
+            batch = next(batches, None)
+            values = [] if batch is None else batch.column(0).to_pylist()
+        except Exception as error:
+            refuse("bad-parquet", f"data {str(path)!r}", f"not a readable parquet file ({error})")
+        if batch is None:
+            return
+        for value in values:
             yield _document({column: value}, field, str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def stored(path: Path, shape: tuple[int, ...], dtype: torch.dtype, limit: int = 
     elements = math.prod(shape)
     if elements * dtype.itemsize <= limit:
         return torch.empty(shape, dtype=dtype)
+    with path.open("ab") as handle:  # a mapped file with holes would end the process where the disk is full
+        os.posix_fallocate(handle.fileno(), 0, elements * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(shape)
 
 

@@ -6,14 +6,19 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
+from secateur.engine.files import write_whole
 from secateur.errors import refuse
 
+LOCK: Final = "lock"
+JOURNAL: Final = "journal.jsonl"
 _CHECK: Final = "crc32"
+_ATTEMPTS: Final = 100
 
 
 def work_folder(output: Path) -> Path:
@@ -23,16 +28,38 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the run's lock; a second process on the same output is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            refuse(
-                "locked", f"writing beside {str(folder)!r}", "another process is working on this output", "wait for it"
-            )
+    """Hold the run's lock; a second process on the same output is refused. It ends with the process that holds it.
+
+    Raises:
+        RequestError: another process holds it, or nothing can be written there.
+    """
+    with ExitStack() as stack:
+        for attempt in count():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = (folder / LOCK).open("w")
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS:
+                    continue  # whoever held it has just finished and cleared up
+                found = f"nothing can be written there ({error.strerror})"
+                refuse("unwritable", f"working in {str(folder)!r}", found, "name another output")
+            stack.enter_context(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found = "another process is working on this output"
+                refuse("locked", f"writing beside {str(folder)!r}", found, "wait for it")
+            if _is_at(handle.fileno(), folder / LOCK):
+                break
         yield
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has its name; a lock on one that was deleted keeps nobody out."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class Journal:
@@ -47,7 +74,7 @@ class Journal:
         hint: what to do about a journal of another request.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], name: str = "journal.jsonl", hint: str = "") -> None:
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], name: str = JOURNAL, hint: str = "") -> None:
         self.fingerprint = fingerprint
         self.path = folder / name
         self._records: list[dict[str, Any]] = []
@@ -70,10 +97,7 @@ class Journal:
             )
         self.resumed = len(self._records) > 1
         # rewritten whole, so that a torn last line is gone before the next is added
-        text = "".join(map(_line, self._records or [{"request": fingerprint}]))
-        temporary = self.path.with_suffix(".new")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(map(_line, self._records or [{"request": fingerprint}])))
 
     def add(self, step: str, **content: Any) -> None:
         """Record a finished step durably."""

@@ -7,6 +7,7 @@ had to import.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import select
@@ -111,6 +112,7 @@ def _fate(status: int | None) -> str:
 
 def serve(module: str) -> None:
     """Fork a process for every order that comes on standard input; what ends the input ends all."""
+    faulthandler.enable()  # into the log
     channel = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no answer
     import_module(module)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import refuse
@@ -169,10 +171,31 @@ def load_pretrained(folder: Path, per_layer: bool, headless: bool = False, **opt
         return made
 
 
+_MOST_PARAMETERS = 50_000
+"""Tensors of a model. Stock classes stack their experts, so that large models have some thousands."""
+
+
+@contextlib.contextmanager
+def _few_parameters() -> Iterator[None]:
+    """Stop a class that a configuration makes build more modules than any model has."""
+    left = itertools.count(_MOST_PARAMETERS, -1)
+
+    def registered(module: Any, name: str, parameter: Any) -> None:
+        del module, name, parameter
+        if next(left) <= 0:
+            raise ValueError(f"it asks for more than {_MOST_PARAMETERS:,} tensors")
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _build(config: Any, context: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
     stock = _auto_class(is_headless({"model_type": config.model_type, "architectures": config.architectures}))
     try:
-        with quiet_transformers(), context():
+        with quiet_transformers(), context(), _few_parameters():
             model = stock.from_config(config, **typed(dtype))
     except Exception as error:
         message = " ".join(str(error).split())
