@@ -273,12 +273,12 @@ TARGETS: Mapping[str, Target] = {
     "applying a delta": Target(
         _delta, "delta", of_safetensors, lambda f: secateur.delta_apply(f / "model", f / "delta", f / "out"), 0.5
     ),
-    "journal": Target(_interrupted, "interrupted/journal.jsonl", of_lines, resume, 0.1),
-    "plan": Target(_interrupted, "interrupted/plan.json", of_json, resume, 0.05),
-    "kept units": Target(_interrupted, "interrupted/plan.safetensors", of_safetensors, resume, 0.05),
-    "edits": Target(_interrupted, "interrupted/plan-edits-blocks.1.safetensors", of_safetensors, resume, 0.05),
-    "decision": Target(_interrupted, "interrupted/decided/plan.json", of_json, resume, 0.05),
-    "half an output": Target(_interrupted, "interrupted/out/model.safetensors", of_safetensors, resume, 0.05),
+    "journal": Target(_interrupted, "interrupted/journal.jsonl", of_lines, resume, 0.06),
+    "plan": Target(_interrupted, "interrupted/plan.json", of_json, resume, 0.03),
+    "kept units": Target(_interrupted, "interrupted/plan.safetensors", of_safetensors, resume, 0.03),
+    "edits": Target(_interrupted, "interrupted/plan-edits-blocks.1.safetensors", of_safetensors, resume, 0.03),
+    "decision": Target(_interrupted, "interrupted/decided/plan.json", of_json, resume, 0.03),
+    "half an output": Target(_interrupted, "interrupted/out/model.safetensors", of_safetensors, resume, 0.03),
     "state of a training": Target(_training, "interrupted/state-4.safetensors", of_safetensors, resume_training, 0.03),
     "journal of a training": Target(_training, "interrupted/journal.jsonl", of_lines, resume_training, 0.03),
     "artifact": Target(_policy, "policy.safetensors", of_safetensors, lambda f: Artifact.load(f / "policy"), 4),

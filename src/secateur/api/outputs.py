@@ -20,6 +20,7 @@ from secateur.engine.journal import JOURNAL, LOCK, locked, work_folder
 from secateur.engine.request import Request
 from secateur.errors import InternalError, RequestError, refuse
 from secateur.meters.counts import count, nonzero
+from secateur.scores.ridge import take_raised
 
 _MACHINE: Final = {
     errno.ENOSPC: "no-space",
@@ -151,6 +152,7 @@ def workplace(output: Path, inputs: Sequence[Checkpoint], free: bool) -> Iterato
         refuse("output-is-input", f"output {str(output)!r}", "it is the model's own folder", "name another folder")
     place = Workplace(work_folder(output))
     with locked(place.folder):
+        take_raised()  # of whatever failed in this process before
         fresh = [path.name for path in place.folder.iterdir()] == [LOCK]
         try:
             if not free:

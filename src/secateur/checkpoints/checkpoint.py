@@ -213,9 +213,9 @@ def _require_so_many_blocks(folder: Folder, family: Family | None) -> None:
         refuse("bad-config", f"{CONFIG} of {str(folder.path)!r}", found, "fetch the checkpoint again")
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
+def require_finite(name: str, tensor: Tensor, hint: str = "the checkpoint is damaged or its training diverged") -> None:
     """Refuse a tensor with NaN or infinity, naming it."""
-    if not tensor.numel():
+    if not tensor.numel() or not tensor.is_floating_point():
         return
     extremes = torch.stack(torch.aminmax(tensor))  # one pass, no copy in another type; NaN comes through
     if not torch.isfinite(extremes).all():
@@ -224,5 +224,5 @@ def require_finite(name: str, tensor: Tensor) -> None:
             "not-finite",
             f"tensor {name}",
             f"{bad} of its {tensor.numel()} values are NaN or infinite",
-            "the checkpoint is damaged or its training diverged",
+            hint,
         )

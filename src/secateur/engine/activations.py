@@ -15,6 +15,7 @@ from torch import Tensor
 
 from secateur.data.windows import PADDING
 from secateur.engine.blocks import BlockRunner, Call
+from secateur.errors import refuse
 
 SHARDS = 8
 """Logical shards of the calibration data; each is accumulated whole, sums are combined in their order."""
@@ -52,6 +53,7 @@ class Activations:
         """
         for batch in self.batches:
             hidden, calls = self.runner.capture(self.ids[batch])
+            require_finite_signal(hidden, "the embedding", batch.start)
             self.values[batch] = hidden.to(self.values.device)
             self._remember(batch, calls)
 
@@ -97,6 +99,21 @@ class Activations:
                 return 0
             self.values.copy_(handle.get_tensor("values"))
         return block
+
+
+def require_finite_signal(signal: Tensor, where: str, first: int) -> None:
+    """Refuse a signal [windows, tokens, width] with NaN or infinity, naming where it came out and the window.
+
+    Args:
+        first: number of the first window among all.
+    """
+    if torch.isfinite(signal.sum()):  # one pass; a sum may overflow where no value does
+        return
+    bad = torch.nonzero(~torch.isfinite(signal))
+    if len(bad):
+        window, token = first + int(bad[0, 0]), int(bad[0, 1])
+        found = f"values of {where} are not finite, first in calibration window {window} at token {token}"
+        refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
 
 
 def real(signal: Tensor, there: Tensor | None) -> Tensor:

@@ -14,10 +14,12 @@ from zlib import crc32
 
 from secateur.engine.files import write_whole
 from secateur.errors import refuse
+from secateur.scores.ridge import take_raised
 
 LOCK: Final = "lock"
 JOURNAL: Final = "journal.jsonl"
 _CHECK: Final = "crc32"
+_DAMPING: Final = "damping"
 _ATTEMPTS: Final = 100
 
 
@@ -100,8 +102,10 @@ class Journal:
         write_whole(self.path, "".join(map(_line, self._records or [{"request": fingerprint}])))
 
     def add(self, step: str, **content: Any) -> None:
-        """Record a finished step durably."""
-        record = {"step": step, **content}
+        """Record a finished step durably, and by how much its damping had to be raised, if it had."""
+        raised = take_raised()
+        told = {_DAMPING: {"matrices": len(raised), "most": max(raised)}} if raised else {}
+        record = {"step": step, **content, **told}
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(_line(record))
             handle.flush()
@@ -116,6 +120,23 @@ class Journal:
         """Whether a step is done, and was not followed by another one."""
         last = next((r["step"] for r in reversed(self._records) if r.get("step") in (step, than)), None)
         return last == step
+
+
+def raised_damping(folder: Path) -> dict[str, str]:
+    """What the journals in a folder and below say of damping, for the report; empty where none was raised."""
+    last: dict[tuple[Path, str, Any], dict[str, Any]] = {}
+    for path in sorted(folder.rglob(JOURNAL)):
+        for line in path.read_bytes().splitlines():
+            record = _read(line)
+            if record is not None and "step" in record:
+                last[path, record["step"], record.get("block", record.get("place"))] = record
+    told = {key: record[_DAMPING] for key, record in last.items() if _DAMPING in record}
+    if not told:
+        return {}
+    blocks = sorted({place for _, _, place in told if isinstance(place, int)})
+    where = f", in block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}" if blocks else ""
+    count, most = sum(each["matrices"] for each in told.values()), max(each["most"] for each in told.values())
+    return {"damping_raised": f"in {count} normal equations, up to {most:,.0f} times{where}"}
 
 
 def _line(record: dict[str, Any]) -> str:

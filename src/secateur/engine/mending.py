@@ -19,6 +19,7 @@ from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.pairs import COMPARING
 from secateur.engine.progress import Progress
+from secateur.engine.solvable import solving
 from secateur.engine.taps import Taps
 from secateur.engine.walk import Walk
 from secateur.families import Architecture, Block, place_name
@@ -169,7 +170,8 @@ class MendSweep:
         """One stage more."""
         read = partial(self.dense.read, block)
         view = BlockView(self._architecture, block, _mended(dense, mend), read)
-        added = self.method.mend(view, evidence, plan, stage)
+        with solving("mending", block):
+            added = self.method.mend(view, evidence, plan, stage)
         return Mend(**{part.name: {**getattr(mend, part.name), **getattr(added, part.name)} for part in fields(Mend)})
 
     def _finish(self, block: Block, mend: Mend) -> Mend:

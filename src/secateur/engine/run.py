@@ -16,7 +16,7 @@ from secateur.checkpoints.companions import copy_companions
 from secateur.checkpoints.folder import CONFIG, RECORD
 from secateur.cuts import cut_architecture
 from secateur.data.windows import Windows
-from secateur.engine.journal import Journal, work_folder
+from secateur.engine.journal import Journal, raised_damping, work_folder
 from secateur.engine.packing import packed_result
 from secateur.engine.planning import Planning
 from secateur.engine.prepare import Prepared, draw_windows
@@ -179,7 +179,7 @@ class Run:
             "requested": requested(prepared),
             "before": asdict(plan.before),
             "after": asdict(plan.after),
-            "notes": dict(plan.notes),
+            "notes": {**plan.notes, **raised_damping(self.work)},
             **({"resize": layer_record(target)} if target.per_layer else {}),
             "plan_sha256": Plan.digest(self.work),
             "data": None if self.windows is None else self.windows.record(),

@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter
+from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, require_finite
+from secateur.checkpoints.layout import Piece
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.fisher import FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
+from secateur.engine.solvable import solving
 from secateur.engine.taps import Taps
 from secateur.engine.walk import Walk
 from secateur.families import Architecture, Block
@@ -84,7 +86,9 @@ class SummarySweep:
         return self.checkpoint.architecture
 
     def _keep(self, place: Block, view: BlockView, evidence: Mapping[str, Tensor]) -> None:
-        summary = {name: tensor.contiguous().cpu() for name, tensor in self.method.score(view, evidence).items()}
+        with solving("scoring", place):
+            scores = self.method.score(view, evidence)
+        summary = {name: tensor.contiguous().cpu() for name, tensor in scores.items()}
         if summary:
             temporary = self.folder / "summary.new"
             save_file(summary, temporary)
@@ -147,6 +151,16 @@ def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None)
     return BlockView(architecture, place, checkpoint.read(place, names))
 
 
+_HINT = "the cut made them, or its data type cannot hold them: try another method"
+
+
+def _finite(piece: Piece, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What is written of a piece; never NaN or infinity."""
+    packed: Tensor = piece.packed.pack(tensors)
+    require_finite(piece.header.name, packed, _HINT)
+    return packed
+
+
 def cut_sweep(
     checkpoint: Checkpoint,
     target: Architecture,
@@ -172,7 +186,7 @@ def cut_sweep(
     for number, (place, read) in enumerate(ahead(checkpoint.read, missing), len(layout.pieces) - len(missing) + 1):
         dense = {name: tensor.to(device) for name, tensor in read.items()}
         tensors = cut_place(checkpoint.architecture, target, place, dense, plan)
-        written = writer.write_all({p.header.name: partial(p.packed.pack, tensors) for p in layout.pieces[place]})
+        written = writer.write_all({p.header.name: partial(_finite, p, tensors) for p in layout.pieces[place]})
         digests.update(written)
         journal.add("cut", place=place, tensors=written)
         progress.step(number)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from secateur.checkpoints import Checkpoint
 from secateur.data.windows import Windows
-from secateur.engine.activations import Activations, stored
+from secateur.engine.activations import Activations, require_finite_signal, stored
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.collector import Collector
 from secateur.engine.journal import Journal
@@ -225,6 +225,7 @@ class CalibrationTrials:
             self._advance(activations, block, edits)
             influence = Influence()
             for batch in activations.batches:
+                require_finite_signal(activations.values[batch], f"block {block}", batch.start)
                 influence.add(inputs[block][batch], activations.values[batch])
             influences.append(influence.named()["influence"])
         inputs[blocks] = activations.values
@@ -251,6 +252,7 @@ class CalibrationTrials:
                     sources = [hidden, *collector.parameters, *collector.heard]
                     found = torch.autograd.grad(output, sources, given, allow_unused=True)
                 assert found[0] is not None
+                require_finite_signal(found[0], _gradients_at(place), batch.start)
                 collector.add(found[1:])  # before the next line: one of them may be the old content of that memory
                 backward[batch] = found[0].to(backward.device)
             influence_of = torch.zeros(0) if place is None else influences[place]
@@ -293,6 +295,10 @@ class CalibrationTrials:
         for place in self._checkpoint.architecture.places:
             self._load(place, {})
         yield self._runner.model
+
+
+def _gradients_at(place: Block) -> str:
+    return f"the gradients in front of {'the final norm' if place is None else f'block {place}'}"
 
 
 def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:

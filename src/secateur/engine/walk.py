@@ -7,15 +7,13 @@ from collections.abc import Collection, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
-from secateur.engine.activations import Activations, real
+from secateur.engine.activations import Activations, real, require_finite_signal
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.readers import Readers
 from secateur.engine.taps import Enough, Taps
-from secateur.errors import refuse
 
 _SAVE_EVERY = 60.0  # seconds of work between two copies of the activations
 
@@ -135,10 +133,7 @@ class Walk:
         runner, activations = self.runner, self.activations
         hidden = activations.values[batch].to(runner.device)
         output = runner.run(self.block, hidden, activations.call(batch, self.block))
-        if not torch.isfinite(output.sum()) and not torch.isfinite(output).all():
-            where = f"calibration windows {batch.start} to {batch.stop - 1}"
-            found = f"values of block {self.block} are not finite in {where}"
-            refuse("not-finite", "the forward pass", found, "try --dtype float32, or look at the checkpoint")
+        require_finite_signal(output, f"block {self.block}", batch.start)
         return output
 
     def keep(self) -> None:

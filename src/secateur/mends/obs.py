@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from secateur.scores.ridge import ridge_factor
+from secateur.scores.ridge import inverse_factor
 
 Choose = Callable[[Tensor, int, int], Tensor]
 """Given scores [out, columns] of the columns from start to stop: which of these weights stay, bool."""
@@ -49,8 +49,7 @@ def obs_sweep(
     dead = gram.diagonal() <= 0
     hessian = gram.to(wide)[order][:, order]
     hessian.diagonal()[dead[order]] = gram.diagonal()[~dead].mean().to(wide) if bool((~dead).any()) else 1.0
-    factor, _ = ridge_factor(hessian, damping)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    upper = inverse_factor(hessian, damping)
     # columns of W as rows, each in one piece of memory
     rows = weight.to(wide).t()[order.to(weight.device)].contiguous()
     stays = torch.zeros_like(rows, dtype=torch.bool)

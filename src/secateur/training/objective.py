@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.scores.ridge import ridge_factor
 from secateur.training.options import Training
+
+_RIDGE = 1e-6
+"""Of the least squares between streams, as a share of the mean of the Gram's diagonal."""
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
@@ -67,9 +71,8 @@ class Objective(nn.Module):
             return
         for block, other in pairs_of(len(ours), len(theirs)):
             left, right = ours[block].double().flatten(0, 1), theirs[other].double().flatten(0, 1)
-            gram = left.T @ left
-            gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            self.maps.append(nn.Parameter(torch.linalg.solve(gram, left.T @ right).float()))
+            factor, _ = ridge_factor(left.T @ left, _RIDGE)
+            self.maps.append(nn.Parameter(torch.cholesky_solve(left.T @ right, factor).float()))
 
     @staticmethod
     def _hidden(model: Any, ids: Tensor) -> Sequence[Tensor]:

@@ -1,0 +1,27 @@
+"""Failures of linear algebra inside a method, said with the place at which they happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from secateur.errors import refuse
+from secateur.families import Block
+
+
+@contextmanager
+def solving(what: str, place: Block) -> Iterator[None]:
+    """Refuse by name what a method could not compute of a place.
+
+    Args:
+        what: it does there, e.g. ``"mending"``.
+        place: block index, or None for the stem.
+    """
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        said = " ".join(str(error).split())
+        asked = f"{what} {'the stem' if place is None else f'block {place}'}"
+        refuse("not-solvable", asked, said, "give it more calibration text, or another method")
