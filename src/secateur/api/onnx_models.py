@@ -82,7 +82,7 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
             method = _method(request)
         else:
             method, host, decision = _decide(source, request, clock)
-        written = stack.enter_context(passing_workplace(output)) / output.name
+        written = stack.enter_context(passing_workplace(output, request.force)) / output.name
         beside = _copy(path, source, written) if decision is None else _write(host, decision, written)
         sizes = {"bytes": _bytes([written, *beside]), "bytes_before": path.stat().st_size + source.beside}
         for file in beside:
