@@ -17,6 +17,7 @@ from secateur.engine.journal import Journal
 from secateur.engine.mending import MendSweep
 from secateur.engine.prepare import Prepared
 from secateur.engine.progress import Progress
+from secateur.engine.solvable import solving
 from secateur.engine.sweeps import SummarySweep, view_of
 from secateur.engine.trials import CalibrationTrials
 from secateur.families import Block
@@ -130,7 +131,8 @@ class _Round:
             sweep.from_weights()
         elif method.evidence:
             sweep.from_data(self._planning.ids, self._planning.runner(self._checkpoint), self._fisher())
-        plan = method.decide(self._study(sweep))
+        with solving("the decision what goes"):
+            plan = method.decide(self._study(sweep))
         if method.mends:  # kept apart until it is complete
             decided.mkdir(exist_ok=True)
             self._journal.add("decided", sha256=plan.save(decided))

@@ -12,16 +12,16 @@ from secateur.families import Block
 
 
 @contextmanager
-def solving(what: str, place: Block) -> Iterator[None]:
+def solving(what: str, *place: Block) -> Iterator[None]:
     """Refuse by name what a method could not compute of a place.
 
     Args:
         what: it does there, e.g. ``"mending"``.
-        place: block index, or None for the stem.
+        place: block index, or None for the stem; left out of what concerns all of them.
     """
     try:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         said = " ".join(str(error).split())
-        asked = f"{what} {'the stem' if place is None else f'block {place}'}"
-        refuse("not-solvable", asked, said, "give it more calibration text, or another method")
+        where = ["the stem" if each is None else f"block {each}" for each in place]
+        refuse("not-solvable", " ".join([what, *where]), said, "give it more calibration text, or another method")

@@ -192,6 +192,11 @@ class Taps:
             found.update(self._influence.named())
         if self._ends is not None:
             found[ENDS] = torch.cat(self._ends)
+        where = "the stem" if self._block is None else f"block {self._block}"
+        for name, tensor in found.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not tensor.isfinite().all():
+                told = f"sums of products of its signals ({name}) are beyond float32"
+                refuse("not-finite", f"what was seen in {where}", told, "look at the checkpoint: it has huge outliers")
         return found
 
 
