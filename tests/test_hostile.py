@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -121,3 +124,58 @@ def test_nothing_of_a_folder_is_run(tmp_path: Path) -> None:
     secateur.prune(folder, method="magnitude", ratio=0.2, output=tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+class _Payload:
+    """What unpickles as a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "recover", "pack", "preview", "export"])
+def test_no_command_runs_code_or_opens_pickles(command: str, tmp_path: Path, notes: Path) -> None:
+    """Code and pickles beside the weights, named by every file that can name them."""
+    folder, ran = models.save(tmp_path / "model"), tmp_path / "ran"
+    code = f"import os\nos.mkdir({str(ran)!r})\n"
+    for name in ("modeling_other.py", "tokenization_other.py", "configuration_other.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(code)
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(_Payload(ran)))
+    mapped = {
+        "config.json": {"AutoConfig": "configuration_other.C", "AutoModelForCausalLM": "modeling_other.M"},
+        "tokenizer_config.json": {"AutoTokenizer": ["tokenization_other.T", "tokenization_other.T"]},
+    }
+    for name, auto_map in mapped.items():
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "auto_map": auto_map}))
+    short: dict[str, Any] = {"data": notes, "samples": 4, "length": 8}
+    calls: dict[str, Callable[[], object]] = {
+        "prune": lambda: secateur.prune(folder, method="fasp", ratio=0.2, output=tmp_path / "out", **short),
+        "evaluate": lambda: secateur.evaluate(folder, text=notes, context=8),
+        "recover": lambda: secateur.recover(folder, data=notes, output=tmp_path / "out", steps=1, length=8),
+        "pack": lambda: secateur.pack(folder, tmp_path / "out", form="sparse"),
+        "preview": lambda: secateur.preview(folder, method="magnitude", ratio=0.2),
+        "export": lambda: secateur.export(folder, tmp_path / "out.gguf", check=False),
+    }
+    calls[command]()  # as if none of it were there
+    assert not ran.exists()
+
+
+def test_weights_in_pickles_alone_are_refused_unopened(tmp_path: Path) -> None:
+    folder, ran = models.save(tmp_path / "model"), tmp_path / "ran"
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(ran)))
+    for call in (
+        lambda: secateur.prune(folder, method="magnitude", ratio=0.2, output=tmp_path / "out"),
+        lambda: secateur.evaluate(folder),
+        lambda: secateur.load(folder),
+    ):
+        with pytest.raises(RequestError, match="not safetensors"):
+            call()
+    assert not ran.exists()
+    assert not (tmp_path / "out").exists()
