@@ -9,6 +9,7 @@ import torch
 
 from secateur.errors import refuse
 from secateur.families import Block
+from secateur.scores.ridge import NoSolutionError
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def solving(what: str, *place: Block) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except (NoSolutionError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         said = " ".join(str(error).split())
         where = ["the stem" if each is None else f"block {each}" for each in place]
         refuse("not-solvable", " ".join([what, *where]), said, "give it more calibration text, or another method")

@@ -12,6 +12,10 @@ _STEPS: Final = 8  # a Gram that is not positive definite gets ten times the rid
 _RAISED: Final[list[float]] = []
 
 
+class NoSolutionError(ArithmeticError):
+    """Normal equations that cannot be solved."""
+
+
 def ridge_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """Lower Cholesky factor of G + delta I, and delta = damping * mean(diag G), raised tenfold until it exists.
 
@@ -20,14 +24,14 @@ def ridge_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
         damping: relative ridge, above 0.
 
     Raises:
-        ArithmeticError: there is none.
+        NoSolutionError: there is none.
     """
     for times, delta in _ridges(gram, damping):
         factor, info = torch.linalg.cholesky_ex(_ridged(gram, delta))
         if not int(info):
             _note(times)
             return factor, delta
-    raise ArithmeticError(_NONE)
+    raise NoSolutionError(_NONE)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
@@ -44,7 +48,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         if not int(info) and bool(upper.isfinite().all()):
             _note(times)
             return upper
-    raise ArithmeticError(_NONE)
+    raise NoSolutionError(_NONE)
 
 
 def take_raised() -> list[float]:
