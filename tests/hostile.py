@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 
 import encoders
 import models
+import onnx_nets
 import secateur
-from mutations import Mutation, of_archive, of_bytes, of_json, of_lines, of_safetensors, of_yaml
+from mutations import Mutation, of_archive, of_bytes, of_json, of_lines, of_onnx, of_safetensors, of_yaml
 from secateur.archives.container import Archive
 from secateur.archives.delta_file import DeltaFile
 from secateur.checkpoints import Folder
@@ -33,6 +34,7 @@ from secateur.data.windows import calibration_windows
 from secateur.engine.progress import Silent
 from secateur.engine.request import make_request
 from secateur.errors import RequestError
+from secateur.graph.onnx_files import read_onnx
 from secateur.inference import open_checkpoint
 from secateur.inference.opening import FAMILY_FILE, family_text, read_family
 from secateur.meters.similarity import ScoredPairs
@@ -138,6 +140,10 @@ def _texts(folder: Path) -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.arange(400) % 200)
     (folder / "ids.npy").write_bytes(buffer.getvalue())
+
+
+def _onnx(folder: Path) -> None:
+    (folder / "net.onnx").write_bytes(onnx_nets.HAND["blocks"]().SerializeToString())
 
 
 def _parquet(folder: Path) -> None:
@@ -290,6 +296,16 @@ TARGETS: Mapping[str, Target] = {
     "scored pairs": Target(_encoder, "scored.jsonl", of_lines, lambda f: ScoredPairs.read(str(f / "scored.jsonl")), 4),
     "family beside a model": Target(_unknown, f"model/{FAMILY_FILE}", of_yaml, _preview("model"), 0.1),
     "configuration of an unknown type": Target(_unknown, "model/config.json", of_json, _preview("model"), 0.1),
+    "ONNX": Target(_onnx, "net.onnx", of_onnx, lambda f: read_onnx(f / "net.onnx"), 4),
+    "cut of an ONNX": Target(
+        _onnx,
+        "net.onnx",
+        of_onnx,
+        lambda f: secateur.prune(
+            f / "net.onnx", method="spa", ratio=0.3, tolerance=1.0, output=f / OUTPUT / "cut.onnx"
+        ),
+        0.3,
+    ),
     "archive": Target(_archive, "archive", of_archive, lambda f: Archive.load(f / "archive"), 8),
     "unpacking an archive": Target(
         _archive, "archive", of_archive, lambda f: secateur.unpack(f / "archive", f / "out"), 0.2

@@ -189,3 +189,55 @@ def of_archive(content: bytes, random: Random) -> bytes:
         words = words[: len(words) // 4 * 4]
     data = content[:8] + len(header).to_bytes(8, "little") + header + words
     return data + hashlib.sha256(data).digest()
+
+
+def of_onnx(content: bytes, random: Random) -> bytes:
+    """An ONNX file in which some field of its graph says something else; at times with changed bytes."""
+    import onnx
+
+    if random.random() < 0.4:
+        return of_bytes(content, random)
+    model = onnx.ModelProto.FromString(content)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        graph = model.graph
+        node, weight = random.choice(graph.node), random.choice(graph.initializer)
+        kind = random.randrange(9)
+        if kind == 0 and node.input:
+            node.input[random.randrange(len(node.input))] = random.choice(
+                (*_names(graph), "", "absent", node.output[0])
+            )
+        elif kind == 1:
+            node.op_type = random.choice(("Add", "Loop", "Reshape", "Transpose", "Conv", "Gemm", "Einsum", "x", ""))
+        elif kind == 2 and node.attribute:
+            attribute = random.choice(node.attribute)
+            if attribute.ints:
+                attribute.ints[random.randrange(len(attribute.ints))] = random.choice((-1, 0, 3, 2**31, 2**62))
+            else:
+                attribute.i = random.choice((-7, 0, 2, 2**62))
+        elif kind == 3 and weight.dims:
+            weight.dims[random.randrange(len(weight.dims))] = random.choice((-1, 0, 1, 7, 2**31, 2**40))
+        elif kind == 4:
+            weight.data_type = random.randrange(25)
+        elif kind == 5:
+            weight.data_location = onnx.TensorProto.EXTERNAL
+            place = random.choice(("../canary", "/etc/passwd", "absent", "net.onnx", "", "a\0b", "..", "x" * 300))
+            for key, value in (
+                ("location", place),
+                ("offset", random.choice(("0", "-1", "x", str(2**60)))),
+                ("length", "8"),
+            ):
+                weight.external_data.add(key=key, value=value)
+        elif kind == 6:
+            graph.node.insert(random.randrange(len(graph.node)), node)
+        elif kind == 7 and len(graph.node) > 1:
+            graph.node.remove(node)
+        else:
+            shape = random.choice((*graph.input, *graph.output)).type.tensor_type.shape
+            if shape.dim:
+                random.choice(shape.dim).dim_value = random.choice((-1, 0, 3, 2**31, 2**40))
+    made: bytes = model.SerializeToString()
+    return made
+
+
+def _names(graph: Any) -> list[str]:
+    return [*(tensor.name for tensor in graph.initializer), *(name for node in graph.node for name in node.output)]
