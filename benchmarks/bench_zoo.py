@@ -35,8 +35,8 @@ MODELS = (HERE / "zoo_models.txt").read_text(encoding="utf-8").split()
 RATIO = 0.5
 PEER_RATIO = 0.3  # of the channels of every layer: about half of the parameters
 EXACT = 1e-8
-LIMIT = 600  # seconds
-CPU_LIMIT = 40  # processor seconds
+LIMIT = 1800  # seconds, far more than the processor seconds take on a busy machine
+CPU_LIMIT = 60  # processor seconds
 
 
 def model_of(name: str) -> tuple[nn.Module, Tensor]:
@@ -154,6 +154,8 @@ def peer(name: str) -> dict[str, Any]:
         if getattr(module, "qkv", None) in heads:
             module.num_heads = pruner.num_heads[module.qkv]
             module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            if hasattr(module, "attn_dim"):
+                module.attn_dim = module.num_heads * module.head_dim
     found["left"] = sum(parameter.numel() for parameter in cut.parameters()) / count
     return found | compared(uncut, cut, image)
 
@@ -337,8 +339,8 @@ def main() -> None:
         for line in journal.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             rows.setdefault(entry["model"], {})[entry["side"]] = entry["found"]
-    for side in sides:
-        for name in names:
+    for name in names:  # both sides one after the other: the machine is the same for both
+        for side in sides:
             if side not in rows.setdefault(name, {}):
                 rows[name][side] = alone(side, name)
                 print(name, side, json.dumps(rows[name][side]), flush=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from secateur.budgets.targets import Target
+from secateur.budgets.targets import OF_NETWORKS, Target
 from secateur.errors import refuse
 from secateur.graph.spaces import ChannelSpace, Graph
 
@@ -33,7 +33,7 @@ def choose(
     Args:
         graph: gives the costs.
         scores: one number per unit of every space that may be cut, higher = keep.
-        target: ``params`` or ``flops`` that shall remain.
+        target: what shall remain of the params, flops, bytes or activation; a latency is for :class:`Timed`.
         ranking: what a unit competes with: all others, those of spaces alike, those of its own space.
         floor: share of the units that every space keeps; at least one stays.
         quantum: what stays of a cut space is a multiple of it.
@@ -43,14 +43,11 @@ def choose(
     Raises:
         RequestError: another measure, or a target that is not reached; names the nearest.
     """
-    if target.measure not in ("params", "flops"):
-        refuse("bad-target", f"target {target}", "modules are measured in params and flops", "name one of these")
     spaces = [graph.space(name) for name in scores]
     order = _order(spaces, scores, ranking)
 
     def cost(units: Units) -> int:
-        gone = graph.gone(units)
-        return graph.costs.params(gone) if target.measure == "params" else FLOPS_PER_MAC * graph.costs.macs(gone)
+        return remaining(graph, target, units)
 
     full = cost({})
     wanted = full + way * (target.of(full) - full)
@@ -69,6 +66,25 @@ def choose(
             "ask for that, or let more spaces be cut (options floor, statistics)",
         )
     return best
+
+
+def remaining(graph: Graph, target: Target, units: Units) -> int:
+    """What remains of the target's measure without some units.
+
+    Raises:
+        RequestError: the measure is none of a network's.
+    """
+    gone = graph.gone(units)
+    if target.measure == "params":
+        return graph.costs.params(gone)
+    if target.measure == "flops":
+        return FLOPS_PER_MAC * graph.costs.macs(gone)
+    if target.measure == "bytes":
+        return graph.memory.saved(gone)
+    if target.measure == "activation":
+        return graph.memory.activation(gone)
+    measures = ", ".join(OF_NETWORKS)
+    refuse("bad-target", f"target {target}", f"networks other than language models are measured in {measures}")
 
 
 def _order(spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], ranking: Ranking) -> list[tuple[int, int]]:

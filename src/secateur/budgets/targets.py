@@ -1,4 +1,7 @@
-"""What was asked for: ``--ratio 0.3``, or what remains: ``--target params=70%``, ``bytes=2GiB``, ``latency=0.8x``."""
+"""What was asked for: ``--ratio 0.3``, or what remains: ``--target params=70%``, ``bytes=2GiB``, ``latency=0.8x``.
+
+Language models are measured in all but ``activation``, other networks in :data:`OF_NETWORKS`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Final, Literal, get_args
 
 from secateur.errors import near, refuse
 
-Measure = Literal["params", "block_params", "bytes", "flops", "kv_bytes", "latency"]
+Measure = Literal["params", "block_params", "bytes", "flops", "kv_bytes", "latency", "activation"]
 MEASURES: Final[tuple[str, ...]] = get_args(Measure)
+OF_NETWORKS: Final[tuple[Measure, ...]] = ("params", "flops", "bytes", "activation", "latency")
+OF_LANGUAGE_MODELS: Final = tuple(measure for measure in MEASURES if measure != "activation")
 _SCALES: Final = {
     "": 1,
     "k": 10**3,

@@ -55,6 +55,10 @@ class PruneRequest(Request):
     def targets(self) -> tuple[Target, ...]:
         """The targets of ``ratio`` and ``target`` together."""
         found = tuple(parse_target(text) for text in self.target)
+        for target in found:
+            if target.measure not in OF_LANGUAGE_MODELS:
+                hint = f"name one of {', '.join(OF_LANGUAGE_MODELS)}"
+                refuse("bad-target", f"target {target}", "language models are not measured in it", hint)
         return found if self.ratio is None else (ratio_target(self.ratio), *found)
 
     @property

@@ -13,20 +13,18 @@ Term = Sequence[Axis]
 """Axes whose sizes are multiplied."""
 
 
-class Costs:
-    """Sums of products of axis sizes.
+class Products:
+    """Products of axis sizes.
 
     Args:
-        params: axes of every parameter, shared ones once.
-        macs: axes of every contraction.
+        tables: lists of terms.
     """
 
-    def __init__(self, params: Sequence[Term], macs: Sequence[Term]) -> None:
+    def __init__(self, *tables: Sequence[Term]) -> None:
         self._numbers: dict[bytes, int] = {}
         self._seen: dict[int, tuple[Axis, int]] = {}
         self._axes: list[Axis] = []
-        self._params = self._terms(params)
-        self._macs = self._terms(macs)
+        self._tables = [self._terms(table) for table in tables]
         self._atoms = np.concatenate(self._axes)
         self._starts = np.cumsum([0, *(len(axis) for axis in self._axes)])[:-1]
 
@@ -52,9 +50,34 @@ class Costs:
         found: NDArray[np.int64] = np.add.reduceat(~gone[self._atoms], self._starts, dtype=np.int64)
         return found
 
+    def each(self, table: int, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """What every term of a table still comes to."""
+        found: NDArray[np.int64] = self._sizes(gone)[self._tables[table]].prod(axis=1)
+        return found
+
+    def terms(self, table: int) -> list[list[Axis]]:
+        """The axes whose sizes are multiplied."""
+        return [[self._axes[number] for number in row] for row in self._tables[table]]
+
+    def smallest(self, gone: NDArray[np.bool_]) -> int:
+        """Size of the smallest axis that remains."""
+        return int(self._sizes(gone).min())
+
+
+class Costs:
+    """Sums of products of axis sizes.
+
+    Args:
+        params: axes of every parameter, shared ones once.
+        macs: axes of every contraction.
+    """
+
+    def __init__(self, params: Sequence[Term], macs: Sequence[Term]) -> None:
+        self._products = Products(params, macs)
+
     def params(self, gone: NDArray[np.bool_]) -> int:
         """Elements of the parameters that remain."""
-        return int(self._sizes(gone)[self._params].prod(axis=1).sum())
+        return int(self._products.each(0, gone).sum())
 
     def macs(self, gone: NDArray[np.bool_]) -> int:
         """Multiply-accumulates of one run on the example inputs that remain."""
@@ -62,14 +85,12 @@ class Costs:
 
     def each_macs(self, gone: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The same by term."""
-        found: NDArray[np.int64] = self._sizes(gone)[self._macs].prod(axis=1)
-        return found
+        return self._products.each(1, gone)
 
     def terms(self, measure: str) -> list[list[Axis]]:
         """The axes whose sizes are multiplied and summed: of ``params``, or of multiply-accumulates."""
-        table = self._params if measure == "params" else self._macs
-        return [[self._axes[number] for number in row] for row in table]
+        return self._products.terms(0 if measure == "params" else 1)
 
     def smallest(self, gone: NDArray[np.bool_]) -> int:
         """Size of the smallest axis that remains."""
-        return int(self._sizes(gone).min())
+        return self._products.smallest(gone)

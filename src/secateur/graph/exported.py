@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from secateur.graph.aten import read
-from secateur.graph.ir import Network, Value
+from secateur.graph.ir import Kind, Network, Value
 
 
 def from_program(program: ExportedProgram) -> Network:
@@ -43,18 +43,23 @@ def _placeholder(
     shared: dict[int, Value],
 ) -> Any:
     """What enters a program: state by name, one value for what is shared; inputs, constants."""
-    shape = getattr(node.meta.get("val"), "shape", None)
+    example: Any = node.meta.get("val")
+    shape = getattr(example, "shape", None)
     if shape is None:
         return None
     if node.name not in names:
-        value = Value(tuple(shape), "constant" if node.name in constants else "input")
+        kind: Kind = "constant" if node.name in constants else "input"
+        value = Value(tuple(shape), kind, itemsize=example.element_size())
         if value.kind == "input":
             network.inputs.append(value)
         return value
     name = names[node.name]
     tensor: Any = program.state_dict.get(name, program.constants.get(name))
-    kind: Any = "parameter" if node.name in program.graph_signature.inputs_to_parameters else "buffer"
-    known = shared.setdefault(tensor.data_ptr() or id(tensor), Value(tuple(shape), kind, name))
+    kind = "parameter" if node.name in program.graph_signature.inputs_to_parameters else "buffer"
+    if name in program.graph_signature.non_persistent_buffers:
+        network.transient.add(name)
+    value = Value(tuple(shape), kind, name, example.element_size())
+    known = shared.setdefault(tensor.data_ptr() or id(tensor), value)
     if known.name == name:
         network.state[name] = known
     else:
@@ -77,7 +82,8 @@ def _called(node: Node, values: dict[Node, Any], network: Network) -> Any:
         return args[0][args[1]] if getattr(node.target, "__name__", "") == "getitem" and args[0] else None
     made: Any = node.meta.get("val")
     several = isinstance(made, list | tuple)
-    outputs = [Value(tuple(each.shape)) for each in list(made if several else [made]) if hasattr(each, "shape")]
+    tensors = [each for each in list(made if several else [made]) if hasattr(each, "shape")]
+    outputs = [Value(tuple(each.shape), itemsize=each.element_size()) for each in tensors]
     if not outputs:
         return None
     stack = node.meta.get("nn_module_stack") or {}

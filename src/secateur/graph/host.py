@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -54,6 +54,9 @@ class Host(Protocol):
         Returns:
             The outputs in the order of ``network.outputs``, and the watched values.
         """
+
+    def runner(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Callable[[], object]:
+        """A call that runs the network without some units once on the example inputs, as in use; for measuring time."""
 
     def bench(self, graph: Graph, seed: int = 0) -> Bench:
         """A stirred copy for trying cuts."""

@@ -17,11 +17,13 @@ class Value:
         shape: its sizes in the example run.
         kind: where it comes from; a ``constant`` is a tensor that no name reaches.
         name: of a parameter or buffer, as in the state dict.
+        itemsize: bytes of an element.
     """
 
     shape: tuple[int, ...]
     kind: Kind = "made"
     name: str = ""
+    itemsize: int = 4
 
     @property
     def is_state(self) -> bool:
@@ -56,6 +58,7 @@ class Network:
     Attributes:
         state: parameters and buffers that the run reads, by name.
         aliases: further names of one and the same tensor, by the name used here.
+        transient: names in the state of what is not saved with the network.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -63,3 +66,4 @@ class Network:
     outputs: list[Value] = field(default_factory=list)
     state: dict[str, Value] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    transient: set[str] = field(default_factory=set)

@@ -7,7 +7,7 @@ normalisations then see only what stays), the other slices tensors and renumbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +77,16 @@ class ModuleHost:
             instead: for values that one operation makes, the one of its tensors that is taken in their place.
         """
         return replay(self.module, inputs, self.network, watch, instead)
+
+    def runner(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Callable[[], object]:
+        """See :meth:`secateur.graph.host.Host.runner`."""
+        module = (self.cut(graph, gone, literals) if gone.any() else shadow(self.module)).eval()
+
+        def run() -> None:
+            with torch.inference_mode():
+                call(module, self.inputs)
+
+        return run
 
     def bench(self, graph: Graph, seed: int = 0) -> ModuleBench:
         return ModuleBench(self.module, graph, self.inputs, seed)

@@ -15,6 +15,7 @@ from secateur.graph.atoms import Axis, Classes
 from secateur.graph.closures import closed_sets
 from secateur.graph.costs import Costs
 from secateur.graph.ir import Network, Operation, Value
+from secateur.graph.memory import Memory
 from secateur.graph.propagation import Fact, Parts, Propagation, Role
 
 Gone = NDArray[np.bool_]
@@ -97,6 +98,11 @@ class Graph:
     def space(self, name: str) -> ChannelSpace:
         """The space of a name."""
         return self._named[name]
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Bytes of the network, exactly, as functions of what goes."""
+        return Memory(self.network, self.values)
 
     @cached_property
     def _named(self) -> dict[str, ChannelSpace]:

@@ -36,10 +36,13 @@ def read_state(modules: Sequence[tuple[str, nn.Module]], network: Network) -> di
             for leaf, tensor in getattr(part, table).items():
                 if tensor is not None:
                     name = f"{path}.{leaf}" if path else leaf
+                    if leaf in part._non_persistent_buffers_set:
+                        network.transient.add(name)
                     if id(tensor) in found:
                         names[id(tensor)].append(name)
                     else:
-                        found[id(tensor)], names[id(tensor)] = Value(tuple(tensor.shape), kind, name), [name]
+                        names[id(tensor)] = [name]
+                        found[id(tensor)] = Value(tuple(tensor.shape), kind, name, tensor.element_size())
     for key, value in found.items():
         network.state[value.name] = value
         if len(names[key]) > 1:

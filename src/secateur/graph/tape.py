@@ -156,7 +156,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = self._values.get(id(tensor))
         if made is not None and made[0]() is tensor:
             return made[1]
-        return self._enter(tensor, Value(tuple(tensor.shape), kind))
+        return self._enter(tensor, Value(tuple(tensor.shape), kind, "", tensor.element_size()))
 
     def _enter(self, tensor: Tensor, value: Value) -> Value:
         self._values[id(tensor)] = (weakref.ref(tensor), value)
@@ -169,7 +169,7 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
         if made:
-            outputs = [Value(tuple(tensor.shape)) for tensor in made]
+            outputs = [Value(tuple(tensor.shape), itemsize=tensor.element_size()) for tensor in made]
             self._network.operations.append(read(func, seen_args, seen_kwargs, outputs, self._places[-1]))
             for tensor, value in zip(made, outputs, strict=True):
                 if id(tensor) not in self._state:
