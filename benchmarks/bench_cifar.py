@@ -362,7 +362,7 @@ def goals(networks: dict[str, dict[str, Any]]) -> list[Goal]:
     """Our best beside the peer's best, and random removal, for every network and size."""
     found = []
     for name, rows in networks.items():
-        for start in dict.fromkeys(" ".join(key.split()[:3 if "as cut" in key else 2]) for key in rows if "%" in key):
+        for start in dict.fromkeys(" ".join(key.split()[: 3 if "as cut" in key else 2]) for key in rows if "%" in key):
             ours, theirs = best(rows, start, False), best(rows, start, True)
             random = rows.get(f"{start} random", {}).get("accuracy")
             if ours is None:
@@ -379,7 +379,7 @@ def goals(networks: dict[str, dict[str, Any]]) -> list[Goal]:
 
 def table(rows: dict[str, Any]) -> str:
     """Accuracies of one network as Markdown: a line for every method, a column for every size."""
-    columns = list(dict.fromkeys(" ".join(key.split()[:3 if "as cut" in key else 2]) for key in rows if "%" in key))
+    columns = list(dict.fromkeys(" ".join(key.split()[: 3 if "as cut" in key else 2]) for key in rows if "%" in key))
     labels = list(dict.fromkeys(key.removeprefix(c).strip() for c in columns for key in rows if key.startswith(c)))
     lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for label in labels:
@@ -414,8 +414,9 @@ def main() -> None:
             networks[name] = run.resnets(name, (0.5,) if name in arguments.tune else ())
         print(f"\n{name}\n\n{table(networks[name])}\n", flush=True)
     notes = [
-        f"shares of the FLOPs that remain, counted by Secateur's graph for all; methods that need data see {CALIBRATION} "
-        "training images; accuracy on the 5,000 test images; `random` is the mean of three seeds where it is not tuned",
+        f"shares of the FLOPs that remain, counted by Secateur's graph for all; methods that need "
+        f"data see {CALIBRATION} training images; accuracy on the 5,000 test images; `random` is the mean of three "
+        "seeds where it is not tuned",
         f"fine-tune: {TUNE['epochs']} epoch over {run.tune} training images, batches of {BATCH}, {TUNE['optimiser']}, "
         f"learning rate {TUNE['lr']} with a cosine, the same for all rows",
         "Torch-Pruning: GroupMagnitudeImportance(p=1) or GroupTaylorImportance, 1 % of the channels at a time until no "

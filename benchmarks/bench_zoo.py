@@ -36,7 +36,7 @@ RATIO = 0.5
 PEER_RATIO = 0.3  # of the channels of every layer: about half of the parameters
 EXACT = 1e-8
 LIMIT = 1800  # seconds, far more than the processor seconds take on a busy machine
-CPU_LIMIT = 60  # processor seconds
+CPU_LIMIT = 30  # processor seconds
 
 
 def model_of(name: str) -> tuple[nn.Module, Tensor]:

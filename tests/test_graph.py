@@ -224,7 +224,7 @@ def test_literals_in_the_code_are_refused_with_the_reason() -> None:
         ({"ratio": 0.97}, "target-out-of-reach"),
         ({}, "no-target"),
         ({"ratio": 0.2, "target": ["flops=50%"]}, "no-target"),
-        ({"target": ["bytes=50%"]}, "bad-target"),
+        ({"target": ["kv_bytes=50%"]}, "bad-target"),
         ({"ratio": 0.2, "method": "prunenet"}, "method-on-checkpoints"),
         ({"ratio": 0.2, "options": {"score": "l3"}}, "unknown-option"),
         ({"ratio": 0.2, "layout": "native"}, "unknown-option"),

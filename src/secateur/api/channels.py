@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from secateur.api.blocks import prune_blocks
 from secateur.api.outputs import PruneResult
 from secateur.budgets import Target, parse_target, ratio_target
-from secateur.budgets.channels import FLOPS_PER_MAC, Units, choose
+from secateur.budgets.channels import Units, choose, remaining
+from secateur.budgets.targets import OF_NETWORKS
+from secateur.budgets.timed import Timed
 from secateur.errors import InternalError, refuse, validated
 from secateur.evidence.batches import Batches
 from secateur.evidence.losses import losses_of
@@ -54,6 +56,9 @@ class ModuleRequest(BaseModel):
         if len(found) != 1:
             hint = "give ratio=0.5, or target=['flops=50%']"
             refuse("no-target", "a prune of a module", f"{len(found)} targets", hint)
+        if found[0].measure not in OF_NETWORKS:
+            hint = f"name one of {', '.join(OF_NETWORKS)}"
+            refuse("bad-target", f"target {found[0]}", "only language models are measured in it", hint)
         return found[0]
 
 
@@ -118,7 +123,8 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         small = host.cut_in_place if inplace else host.with_tensors(decision.mended).cut
         result = small(found, decision.gone, decision.literals)
         clock.append(time.perf_counter())
-    return _result(request, method, clock, memory.peak, (result, units, refused, achieved_by(found, units)))
+        achieved = achieved_by(found, units, decision.latency)
+    return _result(request, method, clock, memory.peak, (result, units, refused, achieved))
 
 
 def _result(
@@ -126,7 +132,7 @@ def _result(
     method: GraphMethod | BlockMethod,
     clock: Sequence[float],
     peak: int,
-    outcome: tuple[nn.Module, Mapping[str, Sequence[int]], Mapping[str, str], Mapping[str, int]],
+    outcome: tuple[nn.Module, Mapping[str, Sequence[int]], Mapping[str, str], Mapping[str, float]],
 ) -> ModuleResult:
     """What is told of a prune: the module, what was removed, what was refused, what remains."""
     model, removed, refused, achieved = outcome
@@ -158,6 +164,7 @@ class Decision:
         literals: what is known of attributes that may hold a size.
         mended: new values of what stays.
         refused: spaces that are not cut, with the reasons.
+        latency: what was measured to remain of it, as a share; None where that was not asked for.
     """
 
     graph: Graph
@@ -165,6 +172,7 @@ class Decision:
     literals: frozenset[Literal]
     mended: Mapping[str, Tensor]
     refused: Mapping[str, str]
+    latency: float | None = None
 
     @property
     def gone(self) -> Gone:
@@ -196,7 +204,11 @@ def decided(
     spaces, refused = _allowed(found, verdict, method)
     generator = torch.Generator().manual_seed(request.seed)
     study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses_of(request.loss))
-    pick = partial(_choose, found, method, request.tolerance)
+    pick = Timed(
+        partial(_choose, found, method, request.tolerance),
+        lambda units: host.runner(found, found.gone(units), verdict.literals),
+        request.tolerance,
+    )
     while True:
         units = method.decide(study, request.wanted, pick)
         reason, _ = bench.compare(found.gone(units), verdict.literals)
@@ -210,7 +222,7 @@ def decided(
     clock.append(time.perf_counter())
     mended = method.mend(study, units)
     clock.append(time.perf_counter())
-    return Decision(found, units, verdict.literals, mended, refused)
+    return Decision(found, units, verdict.literals, mended, refused, pick.latency)
 
 
 def calibration(
@@ -242,11 +254,11 @@ def _allowed(found: Graph, verdict: Verdict, method: GraphMethod) -> tuple[list[
     return spaces, refused
 
 
-def achieved_by(found: Graph, units: Units) -> dict[str, int]:
-    before, after = found.gone({}), found.gone(units)
-    return {
-        "params": found.costs.params(after),
-        "params_before": found.costs.params(before),
-        "flops": FLOPS_PER_MAC * found.costs.macs(after),
-        "flops_before": FLOPS_PER_MAC * found.costs.macs(before),
-    }
+def achieved_by(found: Graph, units: Units, latency: float | None = None) -> dict[str, float]:
+    """What remains of every measure, and what there was; of the latency what was measured, as a share."""
+    told: dict[str, float] = {}
+    for measure in OF_NETWORKS:
+        if measure != "latency":
+            told[measure] = remaining(found, measure, units)
+            told[f"{measure}_before"] = remaining(found, measure, {})
+    return told if latency is None else told | {"latency": round(latency, 4), "latency_before": 1.0}

@@ -44,7 +44,7 @@ class PruneResult:
 
     method: str
     requested: dict[str, Any]
-    achieved: dict[str, int]
+    achieved: dict[str, Any]
     perplexity: dict[str, Any] | None
     seconds: float
     peak_rss_bytes: int

@@ -2,6 +2,6 @@
 
 from secateur.budgets.costs import Costs
 from secateur.budgets.solver import Budget
-from secateur.budgets.targets import MEASURES, Target, parse_target, ratio_target
+from secateur.budgets.targets import MEASURES, OF_LANGUAGE_MODELS, Target, parse_target, ratio_target
 
-__all__ = ["MEASURES", "Budget", "Costs", "Target", "parse_target", "ratio_target"]
+__all__ = ["MEASURES", "OF_LANGUAGE_MODELS", "Budget", "Costs", "Target", "parse_target", "ratio_target"]

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from secateur.budgets.targets import OF_NETWORKS, Target
-from secateur.errors import refuse
+from secateur.budgets.targets import Target
+from secateur.errors import InternalError, refuse
 from secateur.graph.spaces import ChannelSpace, Graph
 
 Ranking = Literal["global", "isomorphic", "local"]
@@ -47,7 +47,7 @@ def choose(
     order = _order(spaces, scores, ranking)
 
     def cost(units: Units) -> int:
-        return remaining(graph, target, units)
+        return remaining(graph, target.measure, units)
 
     full = cost({})
     wanted = full + way * (target.of(full) - full)
@@ -68,23 +68,18 @@ def choose(
     return best
 
 
-def remaining(graph: Graph, target: Target, units: Units) -> int:
-    """What remains of the target's measure without some units.
-
-    Raises:
-        RequestError: the measure is none of a network's.
-    """
+def remaining(graph: Graph, measure: str, units: Units) -> int:
+    """What remains of a measure without some units: params, flops, bytes or activation."""
     gone = graph.gone(units)
-    if target.measure == "params":
+    if measure == "params":
         return graph.costs.params(gone)
-    if target.measure == "flops":
+    if measure == "flops":
         return FLOPS_PER_MAC * graph.costs.macs(gone)
-    if target.measure == "bytes":
+    if measure == "bytes":
         return graph.memory.saved(gone)
-    if target.measure == "activation":
+    if measure == "activation":
         return graph.memory.activation(gone)
-    measures = ", ".join(OF_NETWORKS)
-    refuse("bad-target", f"target {target}", f"networks other than language models are measured in {measures}")
+    raise InternalError("no-measure", f"target {measure}", "no count of it is known for networks")
 
 
 def _order(spaces: Sequence[ChannelSpace], scores: Mapping[str, Tensor], ranking: Ranking) -> list[tuple[int, int]]:

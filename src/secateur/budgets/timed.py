@@ -89,10 +89,11 @@ class Timed:
             share = self._next(wanted)
         best = min(tried, key=lambda share: (abs(self.measured[share] - wanted), share))
         if abs(self.measured[best] - wanted) > max(self.tolerance, TOLERANCE) and way >= 1:
+            found = f"{self.measured[best]:.2f} of the latency, at {best:.2f} of the FLOPs"
             refuse(
                 "target-out-of-reach",
                 f"target {target}",
-                f"the nearest that was measured is {self.measured[best]:.2f} of the latency, at {best:.2f} of the FLOPs",
+                f"the nearest that was measured is {found}",
                 "ask for that, let more spaces be cut (options floor, statistics), or measure on a quiet machine",
             )
         self.latency = self.measured[best]

@@ -22,7 +22,9 @@ RatioOption = Annotated[str | None, typer.Option("--ratio", help="share of all p
 TargetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", metavar="K=V", help="what remains: params, block_params, bytes, flops, kv_bytes or latency"
+        "--target",
+        metavar="K=V",
+        help="what remains: params, block_params, bytes, flops, kv_bytes, latency or activation",
     ),
 ]
 DataOption = Annotated[

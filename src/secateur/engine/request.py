@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.budgets import Target, parse_target, ratio_target
+from secateur.budgets import OF_LANGUAGE_MODELS, Target, parse_target, ratio_target
 from secateur.errors import refuse, validated
 from secateur.families import Layout
 

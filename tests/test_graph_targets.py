@@ -1,0 +1,189 @@
+"""Targets of networks: bytes and activation exact, latencies measured, all in the words of language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+from conftest import Checkpoints
+from graph_nets import NETS, net
+from secateur import SecateurError
+from secateur.api.channels import graph, prune_module
+from secateur.budgets import timed
+from secateur.budgets.channels import Units, choose
+from secateur.budgets.targets import parse_target
+from secateur.budgets.timed import Timed
+from secateur.graph.memory import lifetimes
+from secateur.graph.tape import record
+
+ANY = {"ratio": 0.3, "tolerance": 1.0, "options": {"statistics": "change", "score_by": "random"}}
+
+
+def written(module: nn.Module) -> int:
+    """Bytes of a module's state dict, shared tensors once."""
+    tensors = {(t.data_ptr(), t.shape): t for t in module.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bytes_are_those_of_the_state_dict(name: str) -> None:
+    module, inputs = net(name)
+    module.register_buffer("scratch", torch.zeros(50), persistent=False)
+    found = graph(module, inputs)
+    assert found.memory.saved(found.gone({})) == written(module)
+    result = prune_module(module, inputs, ANY)
+    assert result.model is not None
+    assert result.achieved["bytes"] == written(result.model)
+    assert result.achieved["bytes_before"] == written(module)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_activation_is_that_of_the_cut_module(name: str) -> None:
+    module, inputs = net(name)
+    result = prune_module(module, inputs, ANY)
+    assert result.model is not None
+    after = graph(result.model, inputs)
+    assert after.memory.activation(after.gone({})) == result.achieved["activation"]
+    assert result.achieved["activation"] <= result.achieved["activation_before"]
+
+
+class Chain(nn.Module):
+    """A wide tensor that is needed again at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.back = nn.Linear(4, 20), nn.Linear(20, 3), nn.Linear(3, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.wide(x)  # 80 bytes beside 16 of the input
+        narrow = self.narrow(wide)  # 12
+        view = narrow.view(1, 3).relu_()  # none
+        back = self.back(view)  # 80
+        return (wide + back).sum(-1)  # 80, then 4
+
+
+def test_activation_by_hand() -> None:
+    """Views and in-place operators take nothing; a tensor lives until its last reader, views included."""
+    module, inputs = Chain().eval(), torch.randn(1, 4)
+    found = graph(module, inputs)
+    assert found.memory.activation(found.gone({})) == 4 * (20 + 20 + 20)
+    network = record(module, inputs)
+    assert list(lifetimes(network).values()) == [(0, 1), (1, 6), (2, 5), (5, 6), (6, 7), (7, 8)]
+    half = found.gone({"wide": list(range(10))})
+    assert found.memory.activation(half) == 4 * (10 + 10 + 10)
+
+
+def test_sizes_of_elements_count() -> None:
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).half().eval()
+    found = graph(module, torch.randn(1, 4).half())
+    assert found.memory.saved(found.gone({})) == 2 * (24 + 6 + 12 + 2)
+    assert found.memory.activation(found.gone({})) == 2 * (4 + 6)
+
+
+def wide() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 48, 3),
+        nn.ReLU(),
+        nn.Conv2d(48, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 32, 3),
+        nn.Conv2d(32, 4, 1),
+    ]
+    return nn.Sequential(*layers).eval(), torch.randn(1, 3, 12, 12)
+
+
+@pytest.mark.parametrize("ranking", ["global", "isomorphic", "local"])
+@pytest.mark.parametrize("measure", ["bytes", "activation"])
+def test_targets_are_met(measure: str, ranking: str) -> None:
+    module, inputs = wide()
+    values = {"target": [f"{measure}=55%"], "options": {"ranking": ranking, "quantum": 2}}
+    result = prune_module(module, inputs, values)
+    assert abs(result.achieved[measure] / result.achieved[f"{measure}_before"] - 0.55) < 0.02
+    absolute = int(0.7 * result.achieved[f"{measure}_before"])
+    again = prune_module(module, inputs, {"target": [f"{measure}={absolute}"]})
+    assert abs(again.achieved[measure] - absolute) < 0.02 * result.achieved[f"{measure}_before"]
+
+
+@pytest.mark.parametrize("quantum", [1, 4, 8])
+@pytest.mark.parametrize("floor", [0.05, 0.5])
+@pytest.mark.parametrize("ranking", ["global", "isomorphic", "local"])
+def test_floor_and_quantum_hold_in_every_space(ranking: str, floor: float, quantum: int) -> None:
+    module, inputs = wide()
+    options = {"ranking": ranking, "floor": floor, "quantum": quantum}
+    result = prune_module(module, inputs, {"target": ["bytes=40%"], "tolerance": 1.0, "options": options})
+    sizes = {space.name: space.size for space in graph(module, inputs).spaces}
+    for name, units in result.removed.items():
+        left = sizes[name] - len(units)
+        assert left % quantum == 0
+        assert left >= floor * sizes[name]
+
+
+def faked(
+    monkeypatch: pytest.MonkeyPatch, latency: Callable[[int], float]
+) -> Callable[[str, float], tuple[Units, Timed]]:
+    """Choices on a module whose latency is a function of how many units go."""
+    module, inputs = wide()
+    found = graph(module, inputs)
+    scores = {space.name: torch.arange(space.size) / space.size for space in found.spaces}
+    monkeypatch.setattr(timed, "relative_latency", lambda _, small: latency(small()))
+
+    def ask(target: str, way: float) -> tuple[Units, Timed]:
+        pick = Timed(
+            lambda scores, target, way: choose(found, scores, target, way=way),
+            lambda units: lambda: sum(map(len, units.values())),
+            0.02,
+        )
+        return pick(scores, parse_target(target), way), pick
+
+    return ask
+
+
+@pytest.mark.parametrize("asked", [0.9, 0.6, 0.4])
+def test_latency_is_searched_among_few_candidates(monkeypatch: pytest.MonkeyPatch, asked: float) -> None:
+    """Part of the time does not depend on the channels: the FLOPs must go down further than the latency."""
+    ask = faked(monkeypatch, lambda gone: 0.3 + 0.7 * (1 - gone / 144) ** 2)
+    units, pick = ask(f"latency={asked}x", 1.0)
+    assert pick.latency is not None
+    assert abs(pick.latency - asked) <= 0.05
+    assert len(pick.measured) <= 8
+    halfway, pick = ask(f"latency={asked}x", 0.5)
+    assert pick.latency is not None
+    assert abs(pick.latency - (1 + asked) / 2) <= 0.05
+    assert sum(map(len, halfway.values())) < sum(map(len, units.values()))
+
+
+def test_latency_that_cannot_be_reached_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = faked(monkeypatch, lambda gone: 0.7 + 0.3 * (1 - gone / 144))
+    with pytest.raises(SecateurError, match="the nearest that was measured is") as failure:
+        ask("latency=0.3x", 1.0)
+    assert failure.value.code == "target-out-of-reach"
+
+
+def test_latency_of_a_real_module_is_told() -> None:
+    """Whatever this machine measures, it is told; accuracy of a clock is nothing for a test."""
+    module, inputs = wide()
+    result = prune_module(module, inputs, {"target": ["latency=70%"], "tolerance": 1.0})
+    assert result.achieved["latency_before"] == 1
+    assert 0 < result.achieved["latency"] < 1.5
+    assert result.model is not None
+    assert result.model(inputs).shape == module(inputs).shape
+
+
+@pytest.mark.parametrize("target", ["kv_bytes=50%", "block_params=50%", "latency=3", "speed=2x", "bytes=0"])
+def test_measures_that_networks_do_not_have(target: str) -> None:
+    module, inputs = wide()
+    with pytest.raises(SecateurError) as failure:
+        secateur.prune(module, example_inputs=inputs, target=[target])
+    assert (failure.value.code, failure.value.exit_code) == ("bad-target", 2)
+
+
+def test_language_models_are_not_measured_in_activation(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    with pytest.raises(SecateurError, match="not measured in it") as failure:
+        secateur.prune(checkpoint("llama"), output=tmp_path / "small", method="magnitude", target=["activation=50%"])
+    assert failure.value.code == "bad-target"
