@@ -99,6 +99,14 @@ def test_targets_and_data(net: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert abs(told["achieved"]["flops"] / told["achieved"]["flops_before"] - 0.6) < 0.1
 
 
+@pytest.mark.parametrize("measure", ["activation", "latency"])
+def test_memory_and_time_of_a_run_are_targets(measure: str, net: Path) -> None:
+    """Whatever the clock of this machine says of so small a file, it is told."""
+    output = net.with_name("small.onnx")
+    result = secateur.prune(net, output=output, method="spa", target=[f"{measure}=70%"], tolerance=1.0)
+    assert 0 < result.achieved[measure] < 1.5 * result.achieved[f"{measure}_before"]
+
+
 def test_ratio_zero_copies_the_bytes(net: Path) -> None:
     small = net.with_name("small.onnx")
     result = secateur.prune(net, ratio=0, output=small)

@@ -92,7 +92,8 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
     return OnnxResult(
         method=method.name,
         requested={"target": str(request.wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
-        achieved=(_whole(host) if decision is None else achieved_by(decision.graph, decision.units)) | sizes,
+        achieved=(_whole(host) if decision is None else achieved_by(decision.graph, decision.units, decision.latency))
+        | sizes,
         perplexity=None,
         seconds=round(clock[-1] - clock[0], 3),
         peak_rss_bytes=memory.peak,
@@ -123,7 +124,7 @@ def preview_onnx(model: str | Path, values: Mapping[str, Any]) -> dict[str, Any]
     return {
         "problems": [],
         "method": method.name,
-        "achieved": achieved_by(decision.graph, decision.units),
+        "achieved": achieved_by(decision.graph, decision.units, decision.latency),
         "sizes": {n: {"before": sizes[n], "after": sizes[n] - len(gone)} for n, gone in decision.units.items()},
         "refused": dict(decision.refused),
         "unknown": _unknown(decision.graph),
@@ -249,7 +250,7 @@ def _bytes(files: Sequence[Path]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _whole(host: OnnxHost) -> dict[str, int]:
+def _whole(host: OnnxHost) -> dict[str, float]:
     return achieved_by(build(host.network), {})
 
 

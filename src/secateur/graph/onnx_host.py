@@ -6,7 +6,7 @@ trials run twice, with two choices of the sizes that the model leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from secateur.graph.edit import kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
 from secateur.graph.onnx_edit import cut_onnx
-from secateur.graph.onnx_files import Array, OnnxFile, names_used, read_onnx, run_file, run_onnx
+from secateur.graph.onnx_files import Array, OnnxFile, names_used, read_onnx, run_file, run_onnx, running
 from secateur.graph.onnx_network import Inputs, Reading, example_inputs, from_onnx, watched
 from secateur.graph.spaces import Gone, Graph
 from secateur.graph.verify import difference
@@ -145,6 +145,10 @@ class OnnxHost:
             if not (reason := difference(wanted, found, _HALF if halves else TOLERANCE)):
                 break
         return reason
+
+    def runner(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Callable[[], object]:
+        """See :meth:`secateur.graph.host.Host.runner`; in onnxruntime, with its fusions."""
+        return running(self.cut(graph, gone, literals) if gone.any() else self.model, self.first)
 
     def bench(self, graph: Graph, seed: int = 0) -> OnnxBench:
         return OnnxBench(self, graph, seed)

@@ -252,7 +252,7 @@ def _state(model: OnnxFile, reading: Reading) -> None:
     }
     for name, array in model.arrays.items():
         kind: Any = "buffer" if name in measured else "parameter"
-        reading.values[name] = reading.network.state[name] = Value(tuple(array.shape), kind, name)
+        reading.values[name] = reading.network.state[name] = Value(tuple(array.shape), kind, name, array.dtype.itemsize)
 
 
 def _fold(
