@@ -242,6 +242,38 @@ class Strange(nn.Module):
         return self.head(third * third.amax(-1, keepdim=True))
 
 
+class WrittenNorm(nn.Module):
+    """A root mean square norm as language models write it."""
+
+    def __init__(self, width: int, plain: bool = False) -> None:
+        super().__init__()
+        self.weight, self.plain = nn.Parameter(1 + 0.1 * torch.randn(width)), plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plain:
+            return x / (x * x).mean(-1, keepdim=True).add(1e-6).sqrt() * self.weight
+        kind, x = x.dtype, x.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(kind)
+
+
+class Rms(nn.Module):
+    """A stream with root mean square norms: written out with casts, without, and the stock one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.norms = nn.ModuleList([WrittenNorm(8), WrittenNorm(8, True), nn.RMSNorm(8), WrittenNorm(5)])
+        self.up, self.down, self.mix = nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 5)
+        self.back = nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        x = x + self.down(functional.silu(self.up(self.norms[0](x))))
+        x = x + self.back(self.norms[3](self.mix(self.norms[1](x))))
+        return self.head(self.norms[2](x)).mean(1)
+
+
 def image(size: int = 8) -> Tensor:
     return torch.randn(2, 3, size, size)
 
@@ -260,6 +292,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "tied": (Tied, lambda: torch.randint(9, (2, 5))),
     "gated": (Gated, image),
     "sliced": (Sliced, image),
+    "rms": (Rms, lambda: torch.randn(2, 5, 3)),
     "strange": (Strange, lambda: torch.randn(2, 5, 3)),
 }
 

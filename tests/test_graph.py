@@ -14,7 +14,7 @@ from graph_nets import NETS, Literal, Sliced, Transformer, net
 from secateur import SecateurError
 from secateur.api.channels import prune_module
 from secateur.graph.exported import from_program
-from secateur.graph.modules import ModuleBench
+from secateur.graph.modules import ModuleBench, ModuleHost
 from secateur.graph.spaces import ChannelSpace, Graph, build
 from secateur.graph.state import tensor_at
 from secateur.graph.tape import record
@@ -208,6 +208,45 @@ def test_statistics_change_only_where_allowed() -> None:
     assert "patch" not in kept.removed
     assert "layer_norm (after)" in kept.refused["patch"]
     assert "patch" in cut.removed
+
+
+def test_written_norms_are_norms() -> None:
+    """Cut only with ``statistics=change``, and then what a norm of the smaller size computes."""
+    module, inputs = net("rms")
+    kept = prune_module(module, inputs, {"ratio": 0.1, "tolerance": 0.2})
+    assert secateur.graph(module, inputs).space("enter").flags == (
+        "layer_norm (norms.2)",
+        "rms_norm (norms.0)",
+        "rms_norm (norms.1)",
+    )
+    assert "rms_norm (norms.3)" in kept.refused["mix"]
+    assert set(kept.removed) == {"up"}
+    result = prune_module(module, inputs, {"ratio": 0.4, "tolerance": 0.1, "options": {"statistics": "change"}})
+    assert not result.refused
+    assert {"enter", "mix"} & set(result.removed)
+
+
+class Centred(nn.Module):
+    """Means that are no root mean squares: over what is not squared, scaling something else, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(3, 6) for _ in range(3))
+        self.head = nn.Linear(18, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = self.first(x), self.second(x), self.third(x)
+        scale = torch.rsqrt(third.pow(2).mean(-1, keepdim=True) + 1)
+        parts = [first * torch.rsqrt(first.abs().mean(-1, keepdim=True) + 1), second * scale, third + scale]
+        return self.head(torch.cat(parts, -1))
+
+
+def test_other_means_are_none() -> None:
+    torch.manual_seed(0)
+    found = secateur.graph(Centred().eval(), torch.randn(2, 3))
+    assert not any(flag.startswith("rms_norm") for space in found.spaces for flag in space.flags)
+    verdict = verify(ModuleHost(Centred().eval(), torch.randn(2, 3)).bench(found))
+    assert set(verdict.refused) == {"first", "third"}
 
 
 def test_literals_in_the_code_are_refused_with_the_reason() -> None:

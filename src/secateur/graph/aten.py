@@ -124,6 +124,10 @@ def _binary(a: Arguments, _: Sequence[Value]) -> Reading:
     return "elementwise", _tensors(a), {}
 
 
+def _power(a: Arguments, _: Sequence[Value]) -> Reading:
+    return "elementwise", _tensors(a), {"exponent": a["exponent"]}
+
+
 def _convolution(transposed: bool) -> Reader:
     def reader(a: Arguments, _: Sequence[Value]) -> Reading:
         inputs = _some(x=a["input"], weight=a["weight"], bias=a["bias"])
@@ -302,6 +306,7 @@ _READERS: Final[Mapping[str, Reader]] = {
         lambda a, _: ("same", {"x": a.get("self", a.get("input"))}, {}),
     ),
     **_names("mul div true_divide", _binary),
+    "pow": _power,
     **_names(
         "bernoulli where masked_fill copy lerp addcmul addcdiv fmod clamp maximum minimum rsub nan_to_num "
         "isin hardswish hardsigmoid hardtanh silu mish gelu relu relu6 elu selu celu softplus leaky_relu threshold "

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from secateur.graph.aten import read
 from secateur.graph.ir import Kind, Network, Value
+from secateur.graph.norms import name_norms
 
 
 def from_program(program: ExportedProgram) -> Network:
@@ -31,6 +32,7 @@ def from_program(program: ExportedProgram) -> Network:
         elif node.op == "output":
             leaves = torch.utils._pytree.tree_leaves(node.args)
             network.outputs = [values[leaf] for leaf in leaves if isinstance(values.get(leaf), Value)]
+    name_norms(network)
     return network
 
 

@@ -7,11 +7,11 @@ normalisations then see only what stays), the other slices tensors and renumbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from secateur.graph.edit import cut, kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
+from secateur.graph.norms import MEAN_SQUARE
 from secateur.graph.spaces import Gone, Graph
 from secateur.graph.state import shadow, tensor_at
 from secateur.graph.tape import call, record, replay
@@ -146,7 +147,7 @@ class ModuleBench:
     def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
         """Why cut and mask differ, empty where they agree; and what may be true of attributes that may hold a size."""
         doubtful: frozenset[Literal] = frozenset()
-        with torch.no_grad():
+        with torch.no_grad(), _InDouble():
             small = shadow(self.copy)
             try:
                 doubtful = cut(small, self.graph, gone, literals)
@@ -155,7 +156,7 @@ class ModuleBench:
                 return f"the cut module does not run: {first_line(error)}", doubtful
             stays, reason = kept(self.graph, gone), ""
             for there in (made_only(self.graph, stays), stays):
-                with silenced(self.copy, there):
+                with silenced(self.copy, there, _means(self.graph, gone)):
                     wanted = tensors_of(call(self.copy, self.inputs))
                 if not (reason := difference(wanted, found)):
                     break
@@ -163,12 +164,15 @@ class ModuleBench:
 
 
 @contextmanager
-def silenced(module: nn.Module, stays: Mapping[str, Mapping[int, Tensor]]) -> Iterator[None]:
+def silenced(
+    module: nn.Module, stays: Mapping[str, Mapping[int, Tensor]], means: Sequence[Mean] = ()
+) -> Iterator[None]:
     """Zeros in a module for a while, where something of its tensors goes; normalisations see only what stays.
 
     Args:
         module: its tensors are written to and restored.
         stays: positions that stay, by name and dimension; other axes stay whole.
+        means: of all means that a run takes, in order.
     """
     backup, weights = {}, {}
     for name, dims in stays.items():
@@ -181,19 +185,54 @@ def silenced(module: nn.Module, stays: Mapping[str, Mapping[int, Tensor]]) -> It
         if tensor.ndim == 1:
             weights[id(tensor)] = dims[0]
     try:
-        with _Statistics(weights):
+        with _Statistics(weights, means):
             yield
     finally:
         for name, tensor in backup.items():
             tensor_at(module, name).copy_(tensor)
 
 
-class _Statistics(TorchFunctionMode):
-    """Normalisations with a weight that loses entries take their statistics over what stays."""
+Mean = tuple[tuple[int, ...], float]
+"""The shape of a mean, and what it is multiplied by so that silent entries do not count."""
 
-    def __init__(self, stays: Mapping[int, Tensor]) -> None:
+
+def _means(graph: Graph, gone: Gone) -> list[Mean]:
+    """All means of a run, in order; those of squares in a norm count what stays alone."""
+    found = []
+    for step in graph.network.operations:
+        if step.source == "mean":
+            axis, scale = graph.values[step.inputs["x"]][-1:], 1.0
+            if step.attrs.get("kind") == MEAN_SQUARE:
+                scale = len(axis[0]) / max(int((~gone[axis[0]]).sum()), 1)
+            found.append((step.outputs[0].shape, scale))
+    return found
+
+
+class _InDouble(TorchFunctionMode):
+    """Casts to a lower precision in a module's code do nothing, so that what is compared has only real differences."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.dtype == torch.float64:
+            if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+                return x
+            if func is Tensor.to:
+                args = tuple(torch.float64 if isinstance(arg, torch.dtype) and arg in _LOWER else arg for arg in args)
+            if kwargs.get("dtype") in _LOWER:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+_LOWER: Final = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Statistics(TorchFunctionMode):
+    """Normalisations that lose entries take their statistics over what stays."""
+
+    def __init__(self, stays: Mapping[int, Tensor], means: Sequence[Mean] = ()) -> None:
         super().__init__()
-        self._stays = stays
+        self._stays, self._means = stays, iter(means)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -201,7 +240,22 @@ class _Statistics(TorchFunctionMode):
             return self._layer_norm(*args, **kwargs)
         if func is functional.group_norm:
             return self._group_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func in (functional.rms_norm, torch.rms_norm):
+            return self._rms_norm(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if func in (torch.mean, Tensor.mean):
+            shape, scale = next(self._means, (None, 1.0))
+            return found * scale if scale != 1 and shape == tuple(found.shape) else found
+        return found
+
+    def _rms_norm(self, x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        index = self._stays.get(id(weight))
+        if index is None or weight is None:
+            return functional.rms_norm(x, shape, weight, eps)
+        part = x[..., index]
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        out = part / (part.square().mean(-1, keepdim=True) + eps).sqrt() * weight[index]
+        return torch.zeros_like(x).index_copy(x.ndim - 1, index, out)
 
     def _layer_norm(
         self, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5

@@ -102,9 +102,9 @@ class Propagation:
         self.costs.append(list(axes))
         self.charged.append(self._step)
 
-    def flag(self, axis: Axis, step: Operation) -> None:
-        """Say that a statistic is taken over an axis."""
-        self.flags.append(Flag(axis, step.op, step.place))
+    def flag(self, axis: Axis, step: Operation, name: str = "") -> None:
+        """Say that a statistic is taken over an axis, by the operator or by what it is called."""
+        self.flags.append(Flag(axis, name or step.op, step.place))
 
     def fact(self, name: str, axis: Axis) -> None:
         """Say that an attribute of the present step's module counts an axis."""

@@ -24,6 +24,7 @@ from secateur.graph.contractions import (
     recurrent_onnx,
 )
 from secateur.graph.ir import Operation
+from secateur.graph.norms import MEAN_SQUARE
 from secateur.graph.propagation import Axes, Propagation
 
 Rule = Callable[[Propagation, Operation], list[Axes]]
@@ -110,7 +111,7 @@ def _reduce(run: Propagation, step: Operation) -> list[Axes]:
     for dim in dims:
         run.role(step.inputs["x"], "consumer", dim)
         if step.attrs["kind"] != "sum":
-            run.flag(x[dim], step)
+            run.flag(x[dim], step, "rms_norm" if step.attrs["kind"] == MEAN_SQUARE else "")
     keep = step.attrs["keepdim"]
     out = [frozen(1) if dim in dims else axis for dim, axis in enumerate(x) if keep or dim not in dims]
     return [out for _ in step.outputs]

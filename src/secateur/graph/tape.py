@@ -17,6 +17,7 @@ from secateur.errors import refuse
 from secateur.graph.aten import name_of, read
 from secateur.graph.host import Batch
 from secateur.graph.ir import Network, Operation, Value
+from secateur.graph.norms import name_norms
 from secateur.graph.state import parts, read_state, restored, tensor_at
 
 
@@ -51,6 +52,7 @@ def record(module: nn.Module, inputs: Batch) -> Network:
         with tape:
             result = module(*args, **kwargs)
         network.outputs = [tape.value(leaf) for leaf in tree_flatten(result)[0] if _is_tensor(leaf)]
+    name_norms(network)
     return network
 
 

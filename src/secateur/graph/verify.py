@@ -17,7 +17,7 @@ from secateur.graph.host import Bench, Literal
 from secateur.graph.spaces import ChannelSpace
 
 TOLERANCE: Final = 1e-8
-_MADE_GOOD: Final = ("layer_norm", "group_norm")
+_MADE_GOOD: Final = ("layer_norm", "group_norm", "rms_norm")
 """Statistics that the silenced network takes over what stays."""
 _TURNS: Final = 12
 """Guesses about attributes, for spaces alike."""
