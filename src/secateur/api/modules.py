@@ -66,10 +66,11 @@ def save_module(model: nn.Module, tokenizer: Any, folder: Path) -> Path:
         hint = "for any other module give example_inputs=..., and method='spa'"
         refuse("no-config", f"a module {type(model).__name__}", "it is none of transformers' models", hint)
     config: Any = model.config
-    named = config.architectures
+    named, dtype = config.architectures, config.dtype
     with quiet_transformers():
         model.save_pretrained(folder)  # type: ignore[operator]
-    config.architectures = named  # saving writes the class's name into the module's own configuration
+    # saving writes the class's name, and in older versions the type, into the module's own configuration
+    config.architectures, config.dtype = named, dtype
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
