@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from secateur.engine.journal import work_folder as beside
 KILLS = 50
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _OUTPUT_EXISTS = "it exists already"
+_RESUMED = re.compile("resuming the run|cells are done already")
 
 
 @dataclass
@@ -107,7 +109,7 @@ def kill_once(command: Command, garden: Garden, times: tuple[float, float], chan
         if again.wait() == 2 and out.exists() and _OUTPUT_EXISTS in log.read_text().replace("\n", " "):
             found["again"] = "it was finished: refused"
         elif again.returncode == 0:
-            found["again"] = "resumed" if "resuming" in log.read_text() else "made"
+            found["again"] = "resumed" if _RESUMED.search(log.read_text()) else "made"
         else:
             found["wrong"].append(f"exit {again.returncode}: {log.read_text()[-300:]}")
     found["looks"] = watch.looks

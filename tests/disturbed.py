@@ -161,9 +161,8 @@ def half_written(command: Command, out: Path, straight: Listing) -> str:
     if not os.path.lexists(out):
         return ""
     if command.name == "compare":  # a journal of cells, which grows
-        for file in ("results.json", "report.html", "README.md"):
-            with_end = {"results.json": "}\n", "report.html": "</html>", "README.md": "\n"}[file]
-            if (out / file).is_file() and not (out / file).read_text().endswith(with_end):
+        for file, end in (("results.json", "}"), ("report.html", "</html>"), ("README.md", "")):
+            if (out / file).is_file() and not (out / file).read_text().rstrip().endswith(end):
                 return f"{file} is cut off"
         return "" if (out / "results.jsonl").is_file() else "no journal"
     found = listing(out)
