@@ -185,7 +185,7 @@ def test_methods_describe_their_options() -> None:
     assert set(found) == set(method_names())
     for name, facts in found.items():
         assert facts["title"]
-        assert facts["data"] in ("none", "text")
+        assert facts["data"] in ("none", "text", "labels")
         assert set(facts["options"]) == set(method_class(name).model_fields)
 
 

@@ -70,13 +70,16 @@ def learn(
         for step in range(options.steps):
             if len(order) < rows:
                 order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
-            batch, order = ids[order[:rows]], order[rows:]
+            windows, order = order[:rows], order[rows:]
+            batch = ids[windows]
             drawn = {name: gate(logit, options.estimator, generator) for name, logit in source().items()}
             share = gates.params(open_counts({name: hard for name, (_, hard) in drawn.items()})) / gates.dense
             assert isinstance(share, Tensor)
             loss = network.loss(batch, {name: value for name, (value, _) in drawn.items()})
             if not torch.isfinite(loss):
-                refuse("not-finite", "learning the gates", f"the loss of step {step} is not finite", "--dtype float32")
+                which = ", ".join(map(str, sorted(windows.tolist())[:8]))
+                found = f"the loss of step {step} is not finite, on calibration windows {which}"
+                refuse("not-finite", "learning the gates", found, "--dtype float32")
             optimizer.zero_grad()
             (loss + options.pressure * size_penalty(share, wanted)).backward()  # type: ignore[no-untyped-call]
             if options.anneal:

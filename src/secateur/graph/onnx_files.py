@@ -283,10 +283,14 @@ def _bring_in(tensor: Any, path: Path) -> int:
     asked = f"tensor {tensor.name!r} of {path.name!r}"
     place = told.get("location", "")
     folder = path.resolve().parent
-    file = (folder / place).resolve()
+    try:
+        file = (folder / place).resolve()
+        there = file.is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        refuse("no-weights", asked, f"its data lie at {place[:80]!r}, which is no name of a file")
     if not place or Path(place).is_absolute() or ".." in Path(place).parts or folder not in file.parents:
         refuse("outside-folder", asked, f"its data lie at {place!r}, outside the file's folder", "move them into it")
-    if not file.is_file():
+    if not there:
         refuse("no-weights", asked, f"its data file {place!r} is missing")
     try:
         offset, length = int(told.get("offset", 0)), int(told.get("length", -1))
