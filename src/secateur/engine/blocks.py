@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.data.windows import PADDING
+from secateur.engine.heap import give_back
 from secateur.errors import InternalError
 from secateur.families import Architecture, Block, Packed
 from secateur.families.resizing import layer_record
@@ -92,6 +93,7 @@ class BlockRunner:
             module._parameters[leaf] = nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), False)
         if place is None:
             self.model.tie_weights()  # a tied head lets go of the embedding too
+        give_back()
 
     def _locate(self, packed: Packed) -> tuple[nn.Module, str]:
         path, _, leaf = packed.name.rpartition(".")

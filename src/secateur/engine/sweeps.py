@@ -19,6 +19,7 @@ from secateur.checkpoints.layout import Piece
 from secateur.cuts import cut_place
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.fisher import FisherFiles
+from secateur.engine.heap import give_back
 from secateur.engine.journal import Journal
 from secateur.engine.progress import Progress
 from secateur.engine.solvable import solving
@@ -189,6 +190,7 @@ def cut_sweep(
         written = writer.write_all({p.header.name: partial(_finite, p, tensors) for p in layout.pieces[place]})
         digests.update(written)
         journal.add("cut", place=place, tensors=written)
+        give_back()
         progress.step(number)
     copied = {}
     for source, header in layout.copies:
