@@ -145,6 +145,11 @@ def test_preview_and_inspect(net: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "can be cut" in printed
     assert "first" in printed
+    code, told = command(capsys, "inspect", net, "--draw", net.with_name("net.svg"))
+    assert (code, told["drawing"]) == (0, str(net.with_name("net.svg")))
+    assert net.with_name("net.svg").read_text(encoding="utf-8").startswith("<svg")
+    code, told = command(capsys, "inspect", net, "--draw", net.with_name("net.png"))
+    assert (code, told["error"]["code"]) == (2, "bad-drawing")
 
 
 @pytest.mark.parametrize(

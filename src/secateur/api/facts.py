@@ -105,6 +105,7 @@ def inspect(
     *,
     write_family: str | Path | None = None,
     graph: bool = False,
+    draw: str | Path | None = None,
     data: Any = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -114,12 +115,13 @@ def inspect(
         model: checkpoint folder or hub id, or an ONNX file.
         write_family: file to write the family to, most often of an architecture that had no file.
         graph: of an ONNX file: its coupled channels, each space tried.
+        draw: of an ONNX file: where to draw its operations with the channels in colours, ``.svg`` or ``.dot``.
         data: of an ONNX file: examples of its inputs, where made-up ones will not do.
         progress: told when an architecture has no family file.
     """
     if is_onnx(model):
-        return inspect_onnx(model, data, graph)
-    if graph:
+        return inspect_onnx(model, data, graph, draw)
+    if graph or draw is not None:
         hint = "secateur.graph(module, example_inputs) shows those of a module; a checkpoint's follow from its family"
         refuse("no-graph", f"the graph of {str(model)!r}", "it is no ONNX file", hint)
     path = Path(locate(str(model)))

@@ -132,7 +132,9 @@ def preview_onnx(model: str | Path, values: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def inspect_onnx(model: str | Path, data: Any = None, spaces: bool = False) -> dict[str, Any]:
+def inspect_onnx(
+    model: str | Path, data: Any = None, spaces: bool = False, draw: str | Path | None = None
+) -> dict[str, Any]:
     """Sizes of an ONNX file, its inputs, and operators.
 
     Args:
@@ -141,6 +143,7 @@ def inspect_onnx(model: str | Path, data: Any = None, spaces: bool = False) -> d
         spaces: with its channels: ``spaces`` (``name``, ``size``, ``params`` in its units, ``share`` of all,
             ``entries``, ``flags`` and, where it cannot be cut, ``refused``), ``unknown`` operators, and ``cuttable``,
             the share of the parameters that lies in spaces that can be cut.
+        draw: where to draw it, ``.svg`` or ``.dot``.
     """
     path = Path(model)
     source = read_onnx(path)
@@ -157,6 +160,8 @@ def inspect_onnx(model: str | Path, data: Any = None, spaces: bool = False) -> d
         "inputs": {n: {"type": a.dtype.name, "shape": _sizes(host, n)} for n, a in host.first.items()},
         "operators": dict(operators.most_common()),
     }
+    if draw is not None:
+        found["drawing"] = str(graph.draw(draw))
     if not spaces:
         return found
     verdict = verify(host.bench(graph))

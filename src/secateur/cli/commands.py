@@ -282,6 +282,9 @@ def inspect(
         str | None, typer.Option("--write-family", metavar="FILE", help="write the family file that describes MODEL")
     ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="of an ONNX file: its coupled channels, each tried")] = False,
+    draw: Annotated[
+        str | None, typer.Option("--draw", metavar="FILE", help="of an ONNX file: its channels in colours (.svg, .dot)")
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="of an ONNX file: examples of its inputs (.npz)")
     ] = None,
@@ -293,7 +296,7 @@ def inspect(
     from secateur.cli.networks import show_network
 
     with ConsoleProgress() as progress:
-        result = api.inspect(model, write_family=write_family, graph=graph, data=data, progress=progress)
+        result = api.inspect(model, write_family=write_family, graph=graph, draw=draw, data=data, progress=progress)
     _show(result, as_json, show_network if "format" in result else show_inspect)
 
 

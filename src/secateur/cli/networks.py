@@ -50,6 +50,8 @@ def show_network(result: dict[str, Any]) -> None:
         out.print(f"input: {name} {facts['type']} [{shape}]", highlight=False, markup=False)
     operators = ", ".join(f"{name} {count}" for name, count in result["operators"].items())
     out.print(f"operators: {operators}", highlight=False, markup=False)
+    if "drawing" in result:
+        out.print(f"drawn: {result['drawing']}", highlight=False, markup=False)
     if "spaces" not in result:
         return
     table = new_table("space", "units", "params", "share", "entries", "can be cut", numbers=False)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,12 @@ class Graph:
     def space(self, name: str) -> ChannelSpace:
         """The space of a name."""
         return self._named[name]
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a drawing of the operations with the spaces in colours: ``.svg``, or ``.dot`` for Graphviz."""
+        from secateur.graph.drawing import draw
+
+        return draw(self, path)
 
     @cached_property
     def memory(self) -> Memory:
