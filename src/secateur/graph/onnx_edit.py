@@ -10,8 +10,9 @@ import numpy as np
 from secateur.graph.atoms import Axis
 from secateur.graph.edit import kept
 from secateur.graph.ir import Value
-from secateur.graph.onnx_files import Array, OnnxFile, captured, names_used
+from secateur.graph.onnx_files import OnnxFile
 from secateur.graph.onnx_network import Reading
+from secateur.graph.onnx_structure import Array, captured, names_used
 from secateur.graph.spaces import Gone, Graph
 
 

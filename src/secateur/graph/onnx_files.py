@@ -9,17 +9,28 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from secateur.errors import SecateurError, refuse
+from secateur.graph.onnx_structure import (
+    Array,
+    all_holders,
+    branches,
+    empty,
+    fill,
+    holders,
+    is_weight,
+    literals_of,
+    tensors_of,
+    unwrap,
+)
 
 PACKAGES: Final = ("onnx", "onnxruntime")
 ONE_FILE: Final = 3 * 2**29
@@ -27,17 +38,6 @@ ONE_FILE: Final = 3 * 2**29
 _PROTOBUF: Final = 2**31 - 1
 _PAGE: Final = 4096
 _SECONDS: Final = 600.0
-_FLOATS: Final = (1, 10, 11, 16)
-"""ONNX's numbers of float32, float16, float64 and bfloat16."""
-_LITERALS: Final[Mapping[str, Sequence[int]]] = {
-    "Resize": (1, 2, 3),
-    "Upsample": (1,),
-    "Pow": (1,),
-    "QuantizeLinear": (1, 2),
-    "DequantizeLinear": (1, 2),
-}
-"""Inputs of floating point that are settings and no weights, by operator."""
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ class OnnxFile:
         proto: the model; where a weight's data belong there is nothing.
         arrays: weights, by the name of the initialiser or of what the ``Constant`` node makes.
         beside: bytes that were read from files beside the model's own.
+        inner: weights inside branches and loops, by the output of the node and their own name; they stay in ``proto``.
     """
 
     proto: Any
     arrays: Mapping[str, Array]
     beside: int = 0
+    inner: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -81,7 +83,7 @@ class OnnxFile:
         """The whole model as one message."""
         model = type(self.proto)()
         model.CopyFrom(self.proto)
-        for tensor, name in _holders(model.graph):
+        for tensor, name in holders(model.graph):
             if name in self.arrays:
                 fill(tensor, self.arrays[name])
         return model
@@ -147,13 +149,13 @@ def read_onnx(path: Path) -> OnnxFile:
     if not model.graph.node:
         _bad(path, "it has no operators")
     beside = 0
-    for tensor in _tensors(model.graph):
+    for tensor in tensors_of(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             beside += _bring_in(tensor, path)
     try:
         if model.functions:
             model = inline_local_functions(model)
-        small = sum(len(tensor.raw_data) for tensor in _tensors(model.graph)) <= ONE_FILE
+        small = sum(len(tensor.raw_data) for tensor in tensors_of(model.graph)) <= ONE_FILE
         if small:
             onnx.checker.check_model(model)
         found = _taken_apart(model)
@@ -171,34 +173,6 @@ def _bad(path: Path, found: str) -> Any:
 def first_line(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """All tensors of a graph, with those of its branches and loops."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            for inner in attribute.graphs:
-                yield from _tensors(inner)
-
-
-def _holders(graph: Any) -> Iterator[tuple[Any, str]]:
-    """Tensors that may be weights, with their names: initialisers and the values of ``Constant`` nodes."""
-    for tensor in graph.initializer:
-        yield tensor, tensor.name
-    for node in graph.node:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and node.output:
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    yield attribute.t, node.output[0]
 
 
 def _constants_to_initializers(graph: Any, names: Collection[str]) -> None:
@@ -222,57 +196,24 @@ def _send_out(tensor: Any, stream: BinaryIO) -> None:
         tensor.external_data.add(key=key, value=str(value))
 
 
-def is_weight(tensor: Any) -> bool:
-    """Whether a tensor has numbers of floating point, and more than a scalar."""
-    return tensor.data_type in _FLOATS and len(tensor.dims) > 0 and max(tensor.dims, default=1) > 1
-
-
 def _taken_apart(model: Any) -> OnnxFile:
     from onnx import numpy_helper
 
     arrays: dict[str, Array] = {}
-    _unwrap(model.graph)
-    literal = {
-        node.input[i] for node in model.graph.node for i in _LITERALS.get(node.op_type, ()) if i < len(node.input)
-    }
-    for tensor, name in _holders(model.graph):
+    unwrap(model.graph)
+    literal = literals_of(model.graph)
+    for tensor, name in holders(model.graph):
         if is_weight(tensor) and name not in literal:
             arrays[name] = numpy_helper.to_array(tensor)
-            _empty(tensor)
-    return OnnxFile(model, arrays)
-
-
-def _unwrap(graph: Any) -> None:
-    """Let nodes read a shared weight itself where they read a copy of it that an ``Identity`` makes."""
-    held = {tensor.name for tensor in graph.initializer}
-    fixed = {each.name for each in graph.output} | {name for node in graph.node for name in captured(node)}
-    copies: dict[str, str] = {}
-    for i in reversed(range(len(graph.node))):
-        node = graph.node[i]
-        if node.op_type == "Identity" and node.input[0] in held and node.output[0] not in fixed:
-            copies[node.output[0]] = node.input[0]
-            del graph.node[i]
-    for node in graph.node:
-        node.input[:] = [copies.get(name, name) for name in node.input]
-    for i in reversed(range(len(graph.value_info))):
-        if graph.value_info[i].name in copies:
-            del graph.value_info[i]
-
-
-def _empty(tensor: Any) -> None:
-    for field in ("raw_data", "float_data", "int32_data", "double_data", "data_location", "external_data"):
-        tensor.ClearField(field)
-
-
-def fill(tensor: Any, array: Array) -> None:
-    """Give a tensor other numbers of its own type."""
-    from onnx import numpy_helper
-
-    made = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
-    _empty(tensor)
-    tensor.dims[:] = made.dims
-    tensor.data_type = made.data_type
-    tensor.raw_data = made.raw_data
+            empty(tensor)
+    inner = {
+        f"{node.output[0]}/{number}/{name}": numpy_helper.to_array(tensor)
+        for node in model.graph.node
+        for number, graph in enumerate(branches(node))
+        for tensor, name in all_holders(graph)
+        if is_weight(tensor)
+    }
+    return OnnxFile(model, arrays, inner=inner)
 
 
 def _bring_in(tensor: Any, path: Path) -> int:
@@ -310,7 +251,7 @@ def _bring_in(tensor: Any, path: Path) -> int:
     with file.open("rb") as stream:
         stream.seek(offset)
         data = stream.read(wanted)
-    _empty(tensor)
+    empty(tensor)
     tensor.raw_data = data
     return wanted
 
@@ -383,28 +324,3 @@ def check_written(path: Path) -> None:
     import onnx
 
     onnx.checker.check_model(str(path), full_check=path.stat().st_size <= ONE_FILE)
-
-
-def names_used(graph: Any) -> set[str]:
-    """All names of values in a graph, with those in its branches."""
-    names = {tensor.name for tensor in graph.initializer} | {each.name for each in graph.input}
-    for node in graph.node:
-        names |= {*node.input, *node.output}
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-                names |= names_used(inner)
-    return names
-
-
-def captured(node: Any) -> Collection[str]:
-    """What the branches of a node read from outside."""
-    found: dict[str, None] = {}
-    for attribute in node.attribute:
-        for graph in [attribute.g] if attribute.HasField("g") else list(attribute.graphs):
-            own = {tensor.name for tensor in graph.initializer} | {each.name for each in graph.input}
-            for inner in graph.node:
-                reads = [*inner.input, *captured(inner)]
-                found |= dict.fromkeys(name for name in reads if name and name not in own)
-                own |= set(inner.output)
-            found |= dict.fromkeys(each.name for each in graph.output if each.name not in own)
-    return found

@@ -21,8 +21,9 @@ from secateur.graph.edit import kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
 from secateur.graph.onnx_edit import cut_onnx
-from secateur.graph.onnx_files import Array, OnnxFile, names_used, read_onnx, run_file, run_onnx, running
+from secateur.graph.onnx_files import OnnxFile, read_onnx, run_file, run_onnx, running
 from secateur.graph.onnx_network import Inputs, Reading, example_inputs, from_onnx, watched
+from secateur.graph.onnx_structure import Array, names_used
 from secateur.graph.spaces import Gone, Graph
 from secateur.graph.verify import difference
 
@@ -64,7 +65,8 @@ class OnnxHost:
         return self.reading.network
 
     def tensor(self, name: str) -> Tensor:
-        return as_tensor(self.model.arrays[name])
+        arrays = self.model.arrays
+        return as_tensor(arrays[name] if name in arrays else self.model.inner[name])
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """See :meth:`secateur.graph.host.Host.with_tensors`."""

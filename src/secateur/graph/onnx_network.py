@@ -10,8 +10,9 @@ import numpy as np
 
 from secateur.errors import RequestError, refuse
 from secateur.graph.ir import Network, Operation, Value
-from secateur.graph.onnx_files import Array, OnnxFile, captured, run_onnx
+from secateur.graph.onnx_files import OnnxFile, run_onnx
 from secateur.graph.onnx_operators import Call, read
+from secateur.graph.onnx_structure import Array, branches, captured
 
 Inputs = Mapping[str, Array]
 _SMALL: Final = 4096
@@ -253,6 +254,8 @@ def _state(model: OnnxFile, reading: Reading) -> None:
     for name, array in model.arrays.items():
         kind: Any = "buffer" if name in measured else "parameter"
         reading.values[name] = reading.network.state[name] = Value(tuple(array.shape), kind, name, array.dtype.itemsize)
+    for name, array in model.inner.items():  # no operation reads these, so they stay
+        reading.network.state[name] = Value(tuple(array.shape), "parameter", name, array.dtype.itemsize)
 
 
 def _fold(
@@ -308,7 +311,7 @@ def _enter(model: OnnxFile, reading: Reading, node: Any, number: int, shapes: Ma
     place = outputs[0]
     reading.nodes[place] = number
     inner = [_value(reading, name) for name in captured(node)]
-    if inner or any(attribute.HasField("g") for attribute in node.attribute):
+    if branches(node):
         reads = {f"x{i}": value for i, value in enumerate([*inputs, *inner]) if value is not None}
         reading.network.operations.append(Operation(node.op_type, reads, tuple(made), {}, place, node.op_type))
         return

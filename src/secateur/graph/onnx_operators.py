@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from secateur.graph.ir import Operation, Value
-from secateur.graph.onnx_files import Array
+from secateur.graph.onnx_structure import Array
 
 Reading = tuple[str, dict[str, Value], dict[str, Any]]
 """Operator, inputs, attributes."""
