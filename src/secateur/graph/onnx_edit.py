@@ -182,8 +182,10 @@ class _Editor:
         if len(dims) != len(changes):
             return False
         for dim, (old, new) in zip(dims, changes, strict=True):
-            if old != new:
+            if old != new and dim.dim_value > 0:
                 dim.dim_value = new
+            elif old != new:  # a product of what is open and what was cut
+                dim.ClearField("dim_param")
         return True
 
 
