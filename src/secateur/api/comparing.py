@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from secateur.api.outputs import require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
 from secateur.data.sources import documents, read_text, source_files
+from secateur.engine.cluster import ray_cluster, spread
 from secateur.engine.comparison import (
     Cell,
     CompareRequest,
@@ -72,7 +73,8 @@ def compare(
         progress: told what happens.
         more: ``samples``, ``length``, ``text_field``, ``options`` (by ``METHOD.option``), ``layout`` (``native``,
             ``per-layer`` or ``both``), ``context``, ``quantum``, ``tolerance``, ``device``, ``dtype``, ``seed``,
-            ``trust_remote_code``, ``keep`` (the pruned models), ``force``.
+            ``trust_remote_code``, ``keep`` (the pruned models), ``cluster`` (``ray``: cells run on a Ray cluster,
+            several at a time), ``force``.
 
     Returns:
         ``cells``, ``summary`` (seeds together), ``judgement`` (per ratio and layout), ``dense``, ``machine``,
@@ -182,26 +184,51 @@ class _Run:
             done = sum(_key(cell.key) in finished for cell in self.cells)
             self.told.note(f"{done} of {len(self.cells)} cells are done already")
         self.told.start("cells", len(self.cells))
-        for position, cell in enumerate(self.cells, 1):
-            if _key(cell.key) not in finished:
-                figures = self._run(cell, workers, work)
-                self._require_same_inputs()
-                self.told.note(f"{cell}: {_said(figures)}")
-                journal.add("cell", **cell.key, **figures)
+        missing = [cell for cell in self.cells if _key(cell.key) not in finished]
+        each = self._spread(missing, work) if self.request.cluster else self._one_by_one(missing, workers, work)
+        for position, (cell, figures) in enumerate(each, len(self.cells) - len(missing) + 1):
+            self._require_same_inputs()
+            self.told.note(f"{cell}: {_said(figures)}")
+            journal.add("cell", **cell.key, **figures)
             self.told.step(position)
+
+    def _one_by_one(self, cells: Sequence[Cell], workers: Workers, work: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        for cell in cells:
+            try:
+                figures: dict[str, Any] = workers.run("make_and_measure", self._job(cell, work / cell.name))
+            except SecateurError as error:
+                figures = _failed(error)
+            yield cell, self._kept(cell, figures, work)
+
+    def _spread(self, cells: Sequence[Cell], work: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """The same on a cluster, as cells finish; models that are kept need a folder that all its hosts see."""
+        by_name = {cell.name: cell for cell in cells}
+        places = {name: work / name if self.request.keep else None for name in by_name}
+        jobs = {name: self._anywhere(self._job(cell, places[name])) for name, cell in by_name.items()}
+        gpus = int(resolve_device(self.request.device).type == "cuda")
+        with ray_cluster() as ray:
+            for name, answer in spread(ray, _WORKER, "make_and_measure", jobs, torch.get_num_threads(), gpus):
+                figures = _failed(answer) if isinstance(answer, SecateurError) else answer
+                yield by_name[name], self._kept(by_name[name], figures, work)
 
     def _finished(self, journal: Journal) -> dict[str, dict[str, Any]]:
         """The last record of every cell by its key."""
         return {_key(record): record for record in journal.done("cell")}
 
-    def _run(self, cell: Cell, workers: Workers, work: Path) -> dict[str, Any]:
-        """The figures of a cell, or how it ended without any."""
+    def _job(self, cell: Cell, output: Path | None) -> dict[str, Any]:
+        where = {} if output is None else {"output": str(output)}
+        return {**self._common(), "prune": self._prune_arguments(cell), **where}
+
+    def _anywhere(self, job: dict[str, Any]) -> dict[str, Any]:
+        """A job that says the same in any folder, hosts seeing the same files."""
+        local = {name: _absolute(value) for name, value in job.items() if name in ("model", "text")}
+        if "output" in job:
+            local["output"] = str(Path(job["output"]).absolute())
+        return {**job, **local, "prune": {**job["prune"], "data": _absolute(job["prune"]["data"])}}
+
+    def _kept(self, cell: Cell, figures: dict[str, Any], work: Path) -> dict[str, Any]:
+        """The figures of a cell, its model moved to where it stays, or deleted with what lies beside it."""
         output = work / cell.name
-        job = {**self._common(), "prune": self._prune_arguments(cell), "output": str(output)}
-        try:
-            figures: dict[str, Any] = workers.run("make_and_measure", job)
-        except SecateurError as error:
-            figures = {"state": "failed", "why": str(error), "code": error.code}
         if self.request.keep and figures["state"] == "done":
             kept = self.output / MODELS / cell.name
             kept.parent.mkdir(exist_ok=True)
@@ -291,7 +318,7 @@ class _Run:
             "model": request.model,
             "output": str(self.output),
             "version": __version__,
-            "requested": request.model_dump(mode="json", exclude={"output", "force", "model"}),
+            "requested": request.model_dump(mode="json", exclude={"output", "force", "model", "cluster"}),
             "dense": {key: value for key, value in dense.items() if key != "data"},
             "data": dense["data"],
             "text_sha256": self._inputs["text"],
@@ -310,6 +337,16 @@ class _Run:
 
 def _key(record: dict[str, Any]) -> str:
     return json.dumps([record[name] for name in ("method", "settings", "layout", "ratio", "seed")])
+
+
+def _failed(error: SecateurError) -> dict[str, Any]:
+    """How a cell ended without any figures."""
+    return {"state": "failed", "why": str(error), "code": error.code}
+
+
+def _absolute(name: str | None) -> str | None:
+    """The path of a file or folder from the root; anything else as it is."""
+    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
 
 
 def _said(figures: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from secateur.api.onnx_models import is_onnx, preview_onnx
 from secateur.api.outputs import require_output, require_text
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.hub import locate
+from secateur.engine.foresight import Foresight, Rates
 from secateur.engine.packing import foreseen_bytes
 from secateur.engine.prepare import (
     LONGEST_WINDOW,
@@ -21,6 +24,7 @@ from secateur.engine.prepare import (
     require_layout,
     require_target,
     resolve_device,
+    resolve_dtype,
 )
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.request import PruneRequest, make_request
@@ -47,8 +51,9 @@ def preview(
         ``problems`` (errors as dictionaries), and, as far as they can be told, ``method``, ``output_kind``, ``sizes``,
         ``foreseen`` (whether the run will come to these sizes; else they are those of an even cut, and what gives how
         much is known only at the run), ``achieved`` (as of prune), ``untied`` (parameters that untying the head adds),
-        ``kept_tied`` (those it would add, where a narrowed model keeps one table), ``peak_bytes`` (estimate),
-        ``layout``, ``loads_in``.
+        ``kept_tied`` (those it would add, where a narrowed model keeps one table), ``peak_bytes`` and ``seconds``
+        (estimates for this machine as it is now; None where they do not follow from the model's sizes), ``layout``,
+        ``loads_in``.
     """
     if is_onnx(model) and recipe is None:
         return preview_onnx(str(model), options)
@@ -98,6 +103,9 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
     costs, dense = budget.costs, budget.sizes
     after = dense if request.is_copy else method.sizes(budget)
     length = request.length or min(LONGEST_WINDOW, context_of(checkpoint))
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, checkpoint, device)
+    ahead = Foresight(checkpoint, method, costs, after, request.samples, length, dtype, device)
     head = costs.params(dense.untied()) - costs.params(dense)
     achieved = {
         "params": costs.params(after),
@@ -127,10 +135,21 @@ def _foresee(request: PruneRequest, method: Method, checkpoint: Checkpoint) -> d
         "untied": head if dense.tied and not after.tied else 0,
         "kept_tied": head if after.tied and after.residual != dense.residual else 0,
         "gap": budget.gap,
-        "peak_bytes": _peak_estimate(checkpoint, method, request.samples * length),
+        "peak_bytes": ahead.peak_bytes,
+        "seconds": None if request.is_copy else _seconds(ahead, checkpoint, request),
         "layout": request.layout,
         "loads_in": {"transformers": "verified at the save", **loads},
     }
+
+
+def _seconds(ahead: Foresight, checkpoint: Checkpoint, request: PruneRequest) -> float | None:
+    """Seconds of the run on this machine, measured for a moment where the output will be."""
+    folder = Path(request.output or ".").absolute().parent
+    place = folder if os.access(folder, os.W_OK) else Path(tempfile.gettempdir())
+    names = (checkpoint.folder.path / name for name in checkpoint.folder.files)
+    largest = max(names, key=lambda path: path.stat().st_size)
+    found = ahead.seconds(lambda: Rates.of(largest, place))
+    return None if found is None else round(found, 1)
 
 
 def _packed_savings(checkpoint: Checkpoint, method: Method, after: Architecture, zeros: int) -> int:
@@ -140,25 +159,3 @@ def _packed_savings(checkpoint: Checkpoint, method: Method, after: Architecture,
     matrices = [matrix.name for matrix in all_matrices(after, weights.part if weights else "all")]
     pattern = (weights.shape.kept, weights.shape.of) if weights and weights.shape.fixed else None
     return checkpoint.folder.dense_bytes - foreseen_bytes(checkpoint, zeros, matrices, pattern)
-
-
-_INTERPRETER = 450 * 2**20  # anonymous memory of Python with torch and transformers
-
-
-def _peak_estimate(checkpoint: Checkpoint, method: Method, tokens: int) -> int:
-    """Interpreter, stem and two blocks in float32; Grams and one batch of activations for methods with data."""
-    architecture = checkpoint.architecture
-    elements = {
-        place: sum(checkpoint.folder.headers[p.name].elements for p in checkpoint.packed[place])
-        for place in architecture.places
-    }
-    blocks = max((elements[place] for place in architecture.places if place is not None), default=0)
-    width = architecture.sizes.residual
-    total = _INTERPRETER + 4 * (elements[None] + 2 * blocks)
-    if method.data != "none":
-        total += (
-            8 * 4 * width**2
-            + 4 * min(tokens * width, 2**25)
-            + 4 * 4096 * 4 * max(b.ffn for b in architecture.sizes.blocks)
-        )
-    return total

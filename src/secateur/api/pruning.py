@@ -15,13 +15,19 @@ from secateur.api.onnx_models import is_onnx, prune_onnx
 from secateur.api.outputs import PruneResult, achieved_of, require_output, require_text, workplace
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.companions import copy_folder
+from secateur.checkpoints.hub import locate
+from secateur.engine.assistant import assist, digest_of
+from secateur.engine.environment import place_in_environment
 from secateur.engine.journal import work_folder
 from secateur.engine.packing import loads_packed
-from secateur.engine.prepare import Prepared, prepare
+from secateur.engine.prepare import Prepared, prepare, resolve_device
+from secateur.engine.processes import Processes
 from secateur.engine.progress import Progress, Silent
 from secateur.engine.publish import publish
 from secateur.engine.request import PruneRequest, make_request, recipe_of
 from secateur.engine.run import LEARNED, Run, requested
+from secateur.engine.team import Team, joined
+from secateur.errors import refuse
 from secateur.graph.host import Batch
 from secateur.inference import open_checkpoint
 from secateur.meters.counts import count_parts, factored
@@ -79,6 +85,10 @@ def prune(
         given |= {} if data is None else {"data": data}
         return prune_module(model, example_inputs, {**given, **more}, inplace)
     if isinstance(model, str | Path) and is_onnx(model) and recipe is None:
+        if place_in_environment()[1] > 1:
+            refuse(
+                "onnx", "an ONNX file pruned by several processes", "its work is not shared", "run it without torchrun"
+            )
         return prune_onnx(
             model, {k: v for k, v in {**asked, **more}.items() if k != "model" and v is not None}, progress
         )
@@ -91,11 +101,26 @@ def prune(
 
 
 def _prune_folder(request: PruneRequest, progress: Progress, named: bool) -> PruneResult:
+    with joined() as processes:
+        if processes.count > 1 and not named:
+            found = "each of the processes has one of its own"
+            refuse("module", "a module pruned by several processes", found, "save it and name its folder")
+        if isinstance(processes, Team) and processes.rank:
+            checkpoint = open_checkpoint(Path(locate(request.model)))
+            told = assist(processes, checkpoint.architecture, resolve_device(request.device))
+            return PruneResult(**told)
+        result = _lead(request, progress, named, processes)
+        processes.end({key: value for key, value in vars(result).items() if key != "model"})
+        return result
+
+
+def _lead(request: PruneRequest, progress: Progress, named: bool, processes: Processes) -> PruneResult:
+    """The whole prune; of several processes, the first one's part."""
     started = time.perf_counter()
     output = require_output(request, "a prune")
     require_text(request)
     with MemoryWatch() as memory:
-        prepared = prepare(request, partial(open_checkpoint, note=progress.note))
+        prepared = prepare(request, partial(open_checkpoint, note=progress.note), processes)
         options = prepared.method.model_dump(mode="json", exclude_unset=True)
         recipe = recipe_of(request, prepared.method.name, options, named)
         progress.note(f"method {prepared.method.name}, output {_worth(prepared)}")
@@ -138,6 +163,7 @@ def _cut(
 ) -> Parts:
     """Plan, write, verify, measure, report, publish."""
     run = Run(prepared, output, progress)
+    prepared.processes.begin(run.work, prepared.device, digest_of(prepared.checkpoint.architecture))
     plan = run.plan()
     text = _text(prepared)
     record = run.write(plan)

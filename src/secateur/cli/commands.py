@@ -29,6 +29,7 @@ from secateur.cli.options import (
     request_of,
     takes,
 )
+from secateur.engine.environment import place_in_environment
 from secateur.errors import InternalError
 from secateur.version import __version__
 
@@ -59,6 +60,9 @@ def prune(model: str | None, as_json: bool, **values: Any) -> None:
     from secateur.cli.console import ConsoleProgress, show_prune
     from secateur.cli.networks import show_network_prune
 
+    if place_in_environment()[0]:  # the first process tells
+        api.prune(model, **values)
+        return
     with ConsoleProgress() as progress:
         result = api.prune(model, progress=progress, **values)
     if result.recipe:

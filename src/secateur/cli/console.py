@@ -155,9 +155,9 @@ def show_preview(result: dict[str, Any]) -> None:
             out.print(f"the head stays tied to the embedding; untying it would add {result['kept_tied']:,} parameters")
         if result["needs_data"]:
             out.print("this method needs calibration text (--data) to run")
-        out.print(
-            f"gap to the target {result['gap']:+.3%}; estimated peak memory {result['peak_bytes'] / 2**20:,.0f} MiB"
-        )
+        time = "" if result["seconds"] is None else f", time {result['seconds']:,.0f} s on this machine now"
+        peak = f"estimated peak memory {result['peak_bytes'] / 2**20:,.0f} MiB{time}"
+        out.print(f"gap to the target {result['gap']:+.3%}; {peak}")
     for problem in result["problems"]:
         hint = f" {problem['hint']}." if problem["hint"] else ""
         out.print(f"problem: {problem['asked']}: {problem['found']}.{hint}", markup=False, highlight=False)

@@ -9,17 +9,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
 
 import typer
 
 from secateur.cli.commands import app, print_json
+from secateur.engine.environment import leave_environment, place_in_environment
 from secateur.errors import SecateurError
+
+_SHARED: Final = "prune"
+"""The command that several processes share; any other runs in the first of them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and turns every failure into its message and exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
+    _take_part(words)
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where the system ends the process, say where it stood
     try:
@@ -29,6 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
         message = "interrupted; the same command resumes"
         code = _fail({"code": "interrupted", "asked": "", "found": message, "hint": ""}, message, 130, as_json)
     sys.exit(code)
+
+
+def _take_part(words: list[str]) -> None:
+    """Of several processes, all take part in what is shared; anything else the first does alone, and the others end."""
+    rank, count = place_in_environment()
+    if count == 1:
+        return
+    if next((word for word in words if not word.startswith("-")), "") == _SHARED:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # broken connections are told of in a line of ours
+        return
+    if rank:
+        print(f"secateur: process {rank} of {count} has nothing to do: only {_SHARED} is shared", file=sys.stderr)
+        sys.exit(0)
+    leave_environment()
 
 
 @contextmanager
@@ -75,7 +95,9 @@ def _run(words: list[str], as_json: bool) -> int:
 
 
 def _fail(content: dict[str, str], message: str, code: int, as_json: bool) -> int:
-    if as_json:
+    rank, count = place_in_environment()
+    if as_json and not rank:
         print_json({"error": content})
-    print(f"secateur: {message}", file=sys.stderr)
+    who = f" (process {rank} of {count})" if rank else ""
+    print(f"secateur{who}: {message}", file=sys.stderr)
     return code

@@ -106,6 +106,7 @@ COMPARE: Final[Options] = {
     **_SIZES,
     **_MACHINE,
     "keep": Annotated[bool, typer.Option("--keep", help="keep the pruned models")],
+    "cluster": Annotated[str | None, typer.Option("--cluster", help="ray: spread the cells over a Ray cluster")],
     **_LAST,
 }
 RECOVER: Final[Options] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,31 +20,43 @@ from secateur.errors import refuse
 
 SHARDS = 8
 """Logical shards of the calibration data; each is accumulated whole, sums are combined in their order."""
-_BATCH_TOKENS = 4096
-_IN_MEMORY = 128 * 2**20  # bytes
+BATCH_TOKENS = 4096
+IN_MEMORY = 128 * 2**20  # bytes
 
 
 class Activations:
     """Hidden states of all windows at the input of one block.
 
+    Where several processes share the windows, each has whole shards of them: the first process the first ones. Rows
+    and batches are counted from its own first window.
+
     Args:
-        ids: [count, length] token ids.
+        ids: [count, length] token ids of all windows.
         runner: stock model whose stem is loaded.
         path: where a large signal is kept.
         group: rows that always share a batch.
+        part: which process this is, of how many.
+
+    Attributes:
+        first: window of all at which this process begins.
+        earlier: batches of the processes before, as slices of all windows.
     """
 
-    def __init__(self, ids: Tensor, runner: BlockRunner, path: Path, group: int = 1) -> None:
-        self.ids, self.runner = ids, runner
+    def __init__(
+        self, ids: Tensor, runner: BlockRunner, path: Path, group: int = 1, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.runner, (rank, processes) = runner, part
         count, length = ids.shape
-        rows = max(1, _BATCH_TOKENS // length // group) * group
+        rows = max(1, BATCH_TOKENS // length // group) * group
         bounds = [count // group * shard // SHARDS * group for shard in range(SHARDS + 1)]
-        self.shards = [
-            [slice(start, min(start + rows, stop)) for start in range(begin, stop, rows)]
-            for begin, stop in pairwise(bounds)
-        ]
+        begin, end = (SHARDS * number // processes for number in (rank, rank + 1))
+        self.first = bounds[begin]
+        self.ids = ids[self.first : bounds[end]]
+        self.earlier = [batch for shard in _batches(bounds[: begin + 1], rows, 0) for batch in shard]
+        self.shards = _batches(bounds[begin : end + 1], rows, self.first)
         width = runner.architecture.sizes.residual
-        self.values = stored(path, (count, length, width), runner.dtype)
+        self.values = _signal(path, (*self.ids.shape, width), runner.dtype, runner.device)
+        self.padded = bool((ids == PADDING).any())
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     def capture(self) -> None:
@@ -53,7 +66,7 @@ class Activations:
         """
         for batch in self.batches:
             hidden, calls = self.runner.capture(self.ids[batch])
-            require_finite_signal(hidden, "the embedding", batch.start)
+            require_finite_signal(hidden, "the embedding", self.first + batch.start)
             self.values[batch] = hidden.to(self.values.device)
             self._remember(batch, calls)
 
@@ -85,20 +98,49 @@ class Activations:
         part = slice(rows.start - batch.start, rows.stop - batch.start)
         return Call(_rows(call.args, many, part), _rows(call.kwargs, many, part))
 
+    @property
+    def sampled_before(self) -> tuple[int, int] | None:
+        """Rows that samples see in the processes before, of signals with windows, whose first token is passed over, and
+        of others; None where texts differ in length."""
+        length = self.ids.shape[1]
+        return None if self.padded else (self.first * max(1, length - 1), self.first * length)
+
     def save(self, path: Path, block: int) -> None:
         """Keep a copy of the signal in front of ``block``, replacing an older one in one step."""
         temporary = path.with_suffix(".new")
-        save_file({"values": self.values.contiguous(), "block": torch.tensor([block])}, temporary)
+        where = torch.tensor([block, self.first])
+        save_file({"values": self.values.contiguous(), "block": where}, temporary)
         temporary.replace(path)
 
     def restore(self, path: Path, limit: int) -> int:
-        """Take the signal from a copy that stands no further than in front of ``limit``; returns where it stands."""
+        """Take the signal from a copy that stands no further than in front of ``limit``; returns where it stands.
+
+        A copy of other windows is left alone.
+        """
+        if not path.is_file():
+            return 0
         with safe_open(path, "pt") as handle:
-            block = int(handle.get_tensor("block"))
-            if block > limit:
+            block, first = handle.get_tensor("block").tolist()
+            same = first == self.first and tuple(handle.get_slice("values").get_shape()) == self.values.shape
+            if block > limit or not same:
                 return 0
             self.values.copy_(handle.get_tensor("values"))
-        return block
+        return int(block)
+
+
+def _batches(bounds: Sequence[int], rows: int, first: int) -> list[list[slice]]:
+    """The batches of the shards between some bounds, counted from ``first``."""
+    return [
+        [slice(start - first, min(start + rows, stop) - first) for start in range(begin, stop, rows)]
+        for begin, stop in pairwise(bounds)
+    ]
+
+
+def _signal(path: Path, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where the signal lies: on a GPU if it takes less than a quarter of what is free there; else stored."""
+    if device.type == "cuda" and math.prod(shape) * dtype.itemsize < torch.cuda.mem_get_info(device)[0] // 4:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return stored(path, shape, dtype)
 
 
 def require_finite_signal(signal: Tensor, where: str, first: int) -> None:
@@ -121,7 +163,7 @@ def real(signal: Tensor, there: Tensor | None) -> Tensor:
     return signal if there is None else signal.reshape(-1, signal.shape[-1])[there.flatten()]
 
 
-def stored(path: Path, shape: tuple[int, ...], dtype: torch.dtype, limit: int = _IN_MEMORY) -> Tensor:
+def stored(path: Path, shape: tuple[int, ...], dtype: torch.dtype, limit: int = IN_MEMORY) -> Tensor:
     """An uninitialised tensor, in memory or, of more than ``limit`` bytes, in a mapped file."""
     elements = math.prod(shape)
     if elements * dtype.itemsize <= limit:

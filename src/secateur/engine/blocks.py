@@ -63,7 +63,7 @@ class BlockRunner:
         self.architecture, self.dtype, self.device = architecture, dtype, device
         resize = layer_record(architecture) if architecture.per_layer else None
         self.model = skeleton_model(architecture.config, dtype, resize)
-        rest = rest or {}
+        self.rest = rest = rest or {}
         for name, shape in architecture.unmapped.items():
             self._assign(name, rest[name] if name in rest else torch.zeros(shape))
         for name in set(rest).intersection(architecture.buffers):
@@ -115,7 +115,8 @@ class BlockRunner:
         if expected is None or expected.shape != value.shape:
             found = None if expected is None else list(expected.shape)
             raise InternalError("shape", f"loading {name} of shape {list(value.shape)}", f"the module holds {found}")
-        module._parameters[leaf] = nn.Parameter(value.to(device=self.device, dtype=self.dtype), requires_grad=False)
+        sent = value.to(device=self.device, dtype=self.dtype, non_blocking=value.is_pinned())
+        module._parameters[leaf] = nn.Parameter(sent, requires_grad=False)
 
     @torch.no_grad()
     def capture(self, ids: Tensor) -> tuple[Tensor, list[Call]]:

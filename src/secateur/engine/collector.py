@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.blocks import BlockRunner
-from secateur.evidence import CrossMoments
+from secateur.evidence import CrossMoments, Later, Total
 from secateur.families import Block
 from secateur.methods.base import Derivative
 
@@ -27,6 +27,7 @@ class Collector:
         predicted: predictions that the loss is a mean over.
         samples: pieces of the text whose losses stand by themselves.
         tables: of the stem, the embeddings instead of all others.
+        later: see :class:`secateur.evidence.Total`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Collector:
         predicted: int,
         samples: int,
         tables: bool = False,
+        later: Later | None = None,
     ) -> None:
         self._runner, self._wanted, self._predicted, self._samples = runner, wanted, predicted, samples
         architecture, names = runner.architecture, {"stem.embedding.weight", "stem.positions.weight"}
@@ -45,15 +47,18 @@ class Collector:
             p for p in architecture.packed_of(place) if weights and names.isdisjoint(p.canonical) is not tables
         ]
         self.parameters = [runner.parameter(packed).requires_grad_(True) for packed in self._packed]
-        self._mean = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        self._square = [torch.zeros_like(mean) for mean in self._mean] if "squares" in wanted else []
+        kinds = ("mean", "squares") if "squares" in wanted else ("mean",)
+        self._mean, self._square = (
+            [Total(tuple(p.shape), p.device, torch.float32, later) for p in self.parameters if kind in kinds]
+            for kind in ("mean", "squares")
+        )
         self._modules: dict[str, nn.Module] = {}
         if "signals" in wanted and place is not None:
             for branch, role in _SHORTCUTS.items():
                 if role in architecture.shortcut_roles or architecture.parallel:
                     self._modules[branch] = runner.model.get_submodule(architecture.writer_of(role, place))
         self._signals = {
-            b: CrossMoments(architecture.sizes.residual, architecture.sizes.residual, runner.device)
+            b: CrossMoments(architecture.sizes.residual, architecture.sizes.residual, runner.device, later)
             for b in self._modules
         }
         self.heard: list[Tensor] = []
@@ -76,13 +81,21 @@ class Collector:
         count = len(self.parameters)
         for index, gradient in enumerate(gradients[:count]):
             if gradient is not None:
-                self._mean[index] += gradient
+                self._mean[index].running += gradient
                 if self._square:  # of the loss of this sample alone, not of its share of the mean
-                    self._square[index] += (gradient.float() * self._samples).square() / self._samples
+                    self._square[index].running += (gradient.float() * self._samples).square() / self._samples
         for sums, gradient in zip(self._signals.values(), gradients[count:], strict=True):
             if gradient is not None:
                 sums.add(gradient, gradient)
-                sums.close_shard()
+
+    @property
+    def totals(self) -> list[Total]:
+        return [*self._mean, *self._square, *(total for sums in self._signals.values() for total in sums.totals)]
+
+    def close_shard(self) -> None:
+        """End a logical shard of the data."""
+        for total in self.totals:
+            total.close_shard()
 
     def close(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Means, squares and signals."""
@@ -92,6 +105,6 @@ class Collector:
         both: list[dict[str, Tensor]] = [{}, {}]
         for found, sums in zip(both, (self._mean, self._square), strict=True):
             for packed, total in zip(self._packed, sums, strict=False):
-                found.update(packed.unpack(total, shapes))
+                found.update(packed.unpack(total.value, shapes))
         signals = {branch: sums.total * self._predicted for branch, sums in self._signals.items()}
         return both[0], both[1], signals

@@ -40,6 +40,7 @@ class CompareRequest(Request):
     quantum: int | None = Field(None, ge=1)
     tolerance: float | None = Field(None, ge=0)
     keep: bool = False
+    cluster: Literal["ray"] | None = None
 
     @property
     def ratios(self) -> list[float]:

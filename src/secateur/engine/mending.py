@@ -13,11 +13,13 @@ from torch import Tensor
 
 from secateur.checkpoints import Checkpoint
 from secateur.cuts.masks import masked
+from secateur.engine.ahead import ahead, to_send
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.edited import EditedCheckpoint
 from secateur.engine.fisher import FISHER, FisherFiles
 from secateur.engine.journal import Journal
 from secateur.engine.pairs import COMPARING
+from secateur.engine.processes import ALONE, Processes
 from secateur.engine.progress import Progress
 from secateur.engine.solvable import solving
 from secateur.engine.taps import Taps
@@ -40,6 +42,7 @@ class MendSweep:
         journal: records every finished block.
         dense: the model as it was before any round, for evidence that compares with it.
         fisher: Fisher matrices, if the method wants them.
+        processes: those that share the calibration data.
     """
 
     def __init__(
@@ -51,8 +54,9 @@ class MendSweep:
         progress: Progress,
         dense: Checkpoint,
         fisher: FisherFiles | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._fisher = fisher
+        self._fisher, self._processes = fisher, processes
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
         self.journal, self.progress, self.dense = journal, progress, dense
         self._edits, self._masks, self._factors = Edits(folder), Masks(folder), FactorFiles(folder)
@@ -92,14 +96,14 @@ class MendSweep:
             self.progress.start("mend", blocks)
             beside = None
             if any(name.endswith(COMPARING) for name in frozenset().union(*self._wanted)):
-                beside = Walk(self.dense, runner(self.dense), ids, self.folder, "dense")
+                beside = Walk(self.dense, runner(self.dense), ids, self.folder, "dense", processes=self._processes)
             edited = EditedCheckpoint(self.checkpoint, stem)  # what the first block reads
-            walk = Walk(edited, runner(self.checkpoint), ids, self.folder, "mended", beside)
+            walk = Walk(edited, runner(self.checkpoint), ids, self.folder, "mended", beside, self._processes)
             walk.resume(next((b for b in plan.blocks if b not in self._done), blocks))
-            while walk.block < blocks:
-                block = walk.block
+            send = to_send(self.checkpoint.read, walk.runner.device)
+            for block, source in ahead(lambda b: send(b) if b in plan.blocks else {}, range(walk.block, blocks)):
                 if block in plan.blocks:
-                    self._pass(walk, plan)
+                    self._pass(walk, plan, source)
                 else:
                     walk.skip()
                 self.progress.step(block + 1)
@@ -131,11 +135,10 @@ class MendSweep:
     def _wanted(self) -> list[frozenset[str]]:
         return [*self.method.mends, self.method.stem_mends]
 
-    def _pass(self, walk: Walk, plan: Plan) -> None:
+    def _pass(self, walk: Walk, plan: Plan, source: Mapping[str, Tensor]) -> None:
         """Take one block from the signal in front of it to that behind it."""
         block = walk.block
         decided = plan.edits_of(block)
-        source = self.checkpoint.read(block)
         dense = {**source, **{name: tensor for name, tensor in decided.items() if name in source}}
         if block in self._done:
             place = place_name(block)

@@ -6,8 +6,9 @@ divergences and labels that the network draws itself are the same for both from 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -112,6 +113,18 @@ def pooled(signals: Tensor, there: Tensor, pooling: Pooling) -> Tensor:
         return wide[torch.arange(len(wide), device=wide.device), there.sum(1) - 1]
     weights = there.to(wide.dtype)[..., None]
     return (wide * weights).sum(1) / weights.sum(1)
+
+
+def told_objective(objective: Objective) -> dict[str, Any] | None:
+    """An objective in plain words, for :func:`objective_told`."""
+    if isinstance(objective, Contrastive):
+        return {"pooling": objective.pooling, "parts": objective.parts, "pairs": objective.pairs}
+    return None
+
+
+def objective_told(said: Mapping[str, Any] | None) -> Objective:
+    """The objective that another process told of."""
+    return NextToken() if said is None else Contrastive(**said)
 
 
 def objective_of(checkpoint: Checkpoint, data: Windows) -> Objective:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.engine.activations import real
 from secateur.engine.blocks import BlockRunner
-from secateur.evidence import CrossMoments
+from secateur.evidence import CrossMoments, Later, Total
 from secateur.families import Block
 from secateur.families.roles import ATTENTION_WRITERS, BEHIND_A_WRITER, IN_THE_STREAM
 
@@ -36,9 +36,10 @@ class Pairs:
         runner: runs the block behind the cuts.
         block: which; None for the stem, whose head has inputs.
         wanted: the names above; those of roles that are not there, or lie in experts, are passed over.
+        later: see :class:`secateur.evidence.Total`.
     """
 
-    def __init__(self, runner: BlockRunner, block: Block, wanted: Collection[str]) -> None:
+    def __init__(self, runner: BlockRunner, block: Block, wanted: Collection[str], later: Later | None = None) -> None:
         architecture = runner.architecture
         self._architecture, self._block = architecture, block
         self._sums: dict[str, CrossMoments] = {}
@@ -54,7 +55,7 @@ class Pairs:
             role, _, kind = name.rpartition(".")
             if kind in (CROSS, TARGET) and role in present:
                 rows, columns = present[role]
-                self._sums[name] = CrossMoments(columns if kind == CROSS else rows, columns, runner.device)
+                self._sums[name] = CrossMoments(columns if kind == CROSS else rows, columns, runner.device, later)
                 self._roles.add(role)
         beside = architecture.roles_of(block)
         self._corrects = not architecture.parallel and not beside.intersection((*BEHIND_A_WRITER, *IN_THE_STREAM))
@@ -103,6 +104,10 @@ class Pairs:
             sums.add(wanted, inputs)
         self._dense.clear()
         self._cut.clear()
+
+    @property
+    def totals(self) -> list[Total]:
+        return [total for sums in self._sums.values() for total in sums.totals]
 
     def close_shard(self) -> None:
         """End a logical shard of the data."""

@@ -118,6 +118,7 @@ class _Round:
             self._planning.progress,
             self._dense,
             self._fisher(),
+            self._planning.prepared.processes,
         )
         return sweep.run(plan, self._planning.ids, self._planning.runner, known)
 
@@ -126,7 +127,10 @@ class _Round:
         method, decided = self._method, self._folder / "decided"
         if any(Plan.digest(decided) == record["sha256"] for record in self._journal.done("decided")):
             return Plan.load(decided)
-        sweep = SummarySweep(self._checkpoint, method, self._folder, self._journal, self._planning.progress)
+        planning = self._planning
+        sweep = SummarySweep(
+            self._checkpoint, method, self._folder, self._journal, planning.progress, planning.prepared.processes
+        )
         if self._planning.ids is None:
             sweep.from_weights()
         elif method.evidence:
@@ -193,4 +197,6 @@ class _Round:
 
     def _on(self, data: Windows, folder: Path, journal: Journal) -> CalibrationTrials:
         prepared = self._planning.prepared
-        return CalibrationTrials(self._checkpoint, data, prepared.dtype, prepared.device, folder, journal)
+        return CalibrationTrials(
+            self._checkpoint, data, prepared.dtype, prepared.device, folder, journal, prepared.processes
+        )

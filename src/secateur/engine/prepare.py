@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from secateur.checkpoints.hub import locate
 from secateur.data.pairs import paired_texts
 from secateur.data.windows import Windows, calibration_windows
 from secateur.engine.latency import LatencyModel
+from secateur.engine.processes import ALONE, Processes
 from secateur.engine.request import PruneRequest
 from secateur.errors import refuse
 from secateur.methods.base import Method
@@ -35,6 +37,7 @@ class Prepared:
     budget: Budget
     device: torch.device
     dtype: torch.dtype
+    processes: Processes = ALONE
 
 
 def context_of(checkpoint: Checkpoint) -> int:
@@ -95,11 +98,13 @@ def costs_of(checkpoint: Checkpoint) -> Costs:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """``auto`` is the GPU where there is one; of several, each process of a host takes its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         refuse(
@@ -166,11 +171,16 @@ def budget_for(request: PruneRequest, checkpoint: Checkpoint, device: torch.devi
     )
 
 
-def prepare(request: PruneRequest, opener: Callable[[Path], Checkpoint] = Checkpoint.open) -> Prepared:
+def prepare(
+    request: PruneRequest,
+    opener: Callable[[Path], Checkpoint] = Checkpoint.open,
+    processes: Processes = ALONE,
+) -> Prepared:
     """Resolve a request.
 
     Args:
         opener: opens a checkpoint's folder; one that knows more architectures than have a family file may stand here.
+        processes: those that share the calibration data.
 
     Raises:
         RequestError: the first thing at fault.
@@ -182,4 +192,5 @@ def prepare(request: PruneRequest, opener: Callable[[Path], Checkpoint] = Checkp
     checkpoint = opener(Path(locate(request.model)))
     require_layout(request, checkpoint)
     budget = budget_for(request, checkpoint, device)
-    return Prepared(request, checkpoint, method, budget, device, resolve_dtype(request.dtype, checkpoint, device))
+    dtype = resolve_dtype(request.dtype, checkpoint, device)
+    return Prepared(request, checkpoint, method, budget, device, dtype, processes)

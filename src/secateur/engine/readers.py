@@ -64,7 +64,7 @@ class Readers:
         self._shapes = {role: seen for role, seen in self._shapes.items() if role in known}
         self._known = frozenset(role for role in known if not set(seen) - self._behind(role) - {self._role})
         self._tensors = dict(tensors)
-        if self._known:
+        if self._known and whole:
             case = roles, self._known
             if case not in self._proven:
                 self._proven[case] = self._tried(run)

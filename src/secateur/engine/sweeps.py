@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,10 +14,12 @@ from torch import Tensor
 from secateur.checkpoints import Checkpoint, OutputLayout, TensorWriter, require_finite
 from secateur.checkpoints.layout import Piece
 from secateur.cuts import cut_place
+from secateur.engine.ahead import ahead, to_send
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.fisher import FisherFiles
 from secateur.engine.heap import give_back
 from secateur.engine.journal import Journal
+from secateur.engine.processes import ALONE, Processes
 from secateur.engine.progress import Progress
 from secateur.engine.solvable import solving
 from secateur.engine.taps import Taps
@@ -29,8 +28,6 @@ from secateur.families import Architecture, Block
 from secateur.methods.base import Method
 from secateur.plans import Plan
 from secateur.spaces import BlockView
-
-Read = TypeVar("Read")
 
 
 class Summaries(Mapping[str, Iterable[Tensor]]):
@@ -73,11 +70,19 @@ class SummarySweep:
         method: whose ``score`` to call.
         folder: the work folder.
         journal: records every finished place.
+        processes: those that share the calibration data.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, method: Method, folder: Path, journal: Journal, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        method: Method,
+        folder: Path,
+        journal: Journal,
+        progress: Progress,
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes = processes
         self.checkpoint, self.method, self.folder = checkpoint, method, folder
         self.journal, self.progress = journal, progress
         self._done = {record["place"]: record["names"] for record in journal.done("summary")}
@@ -117,10 +122,10 @@ class SummarySweep:
         if not method.evidence or all(place in self._done for place in self.architecture.places):
             return
         self.progress.start("gather", blocks)
-        walk = Walk(self.checkpoint, runner, ids, self.folder, "activations")
+        walk = Walk(self.checkpoint, runner, ids, self.folder, "activations", processes=self._processes)
         walk.resume(next((b for b in range(blocks) if b not in self._done), blocks))
-        while walk.block < blocks:
-            block, tensors = walk.block, self.checkpoint.read(walk.block)
+        read = to_send(self.checkpoint.read, runner.device)
+        for block, tensors in ahead(read, range(walk.block, blocks)):
             taps = None if block in self._done else Taps(runner, block, method.evidence)
             walk.run(tensors, taps)
             if taps is not None:
@@ -130,19 +135,6 @@ class SummarySweep:
         if None not in self._done:
             self._keep(None, BlockView(self.architecture, None, {}), walk.stem(self.method.evidence))
         walk.close()
-
-
-def ahead(read: Callable[[Block], Read], places: Iterable[Block]) -> Iterator[tuple[Block, Read]]:
-    """Every place with what was read of it, the next one being read while the present one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[Block, Future[Read]]] = deque()
-        for place in places:
-            waiting.append((place, reader.submit(read, place)))
-            if len(waiting) > 1:
-                before, found = waiting.popleft()
-                yield before, found.result()
-        for before, found in waiting:
-            yield before, found.result()
 
 
 def view_of(checkpoint: Checkpoint, place: Block, roles: tuple[str, ...] | None) -> BlockView:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -15,12 +15,13 @@ from secateur.engine.activations import real
 from secateur.engine.blocks import BlockRunner
 from secateur.engine.pairs import Pairs, head_inputs
 from secateur.errors import InternalError, refuse
-from secateur.evidence import Influence, Moments, Routes, Samples
+from secateur.evidence import Influence, Later, Moments, Routes, Samples, Total
 from secateur.families import Block, Packed
 from secateur.spaces.weights import every_input
 
 STREAM, SAMPLES, INFLUENCE, ENDS, ROUTES = "stream", "samples", "influence", "ends", "routes"
 Collector = Moments | Samples
+Behind = tuple[tuple[int, int] | None, Later]
 _OF_INPUTS = ("gram", "moments", "samples")
 
 
@@ -45,31 +46,41 @@ class Taps:
         runner: whose block runs.
         block: which; None for the stem, whose final norm and head have inputs.
         wanted: the names above; those of roles that are not there are passed over.
+        behind: where other processes hold the windows in front, how many rows samples see there (of signals with
+            and without windows, where that is known), and what keeps sums until theirs come.
     """
 
-    def __init__(self, runner: BlockRunner, block: Block, wanted: Collection[str]) -> None:
+    def __init__(
+        self, runner: BlockRunner, block: Block, wanted: Collection[str], behind: Behind | None = None
+    ) -> None:
         self._runner, self._block, self._architecture = runner, block, runner.architecture
+        self.wanted = sorted(wanted)
+        self._before: tuple[int, int] | None = (0, 0) if behind is None else behind[0]
+        self._later = None if behind is None else behind[1]
         self._influence = Influence() if INFLUENCE in wanted and block is not None else None
         self._ends: list[Tensor] | None = [] if ENDS in wanted and block is not None else None
         experts = 0 if block is None else self._architecture.sizes.blocks[block].experts
-        self._routes = Routes(experts, runner.device) if ROUTES in wanted and experts else None
+        self._routes = Routes(experts, runner.device, self._later) if ROUTES in wanted and experts else None
         self._at_norms: dict[str, list[Collector]] = {}
         self._inputs: dict[str, list[Collector]] = {}
         self._stacked: dict[str, Packed] = {}
         wanted = every_input(self._architecture, block, wanted)
         self._modules: dict[str, nn.Module] = {}
         self.roles = frozenset(role for role in (name.rpartition(".")[0] for name in wanted) if role)
-        self.pairs = Pairs(runner, block, wanted)
+        self.pairs = Pairs(runner, block, wanted, self._later)
         for role in ["final_norm"] if block is None else self._architecture.norms_on_stream(block):
-            grams = [Moments(self._architecture.sizes.residual, runner.device)] if STREAM in wanted else []
-            self._at_norms[role] = [*grams, *([Samples()] if SAMPLES in wanted else [])]
+            kinds = (("gram", STREAM), ("samples", SAMPLES))
+            width = self._architecture.sizes.residual
+            self._at_norms[role] = [self._collector(width, kind) for kind, name in kinds if name in wanted]
         for name in sorted(wanted):
             role, _, kind = name.rpartition(".")
             if role and kind in _OF_INPUTS:
                 self._tap_inputs(role, kind)
 
-    def _collector(self, width: int, kind: str) -> Collector:
-        return Samples() if kind == "samples" else Moments(width, self._runner.device, kind == "gram")
+    def _collector(self, width: int, kind: str, routed: bool = False) -> Collector:
+        if kind == "samples":  # how many tokens visit an expert is known only at the end
+            return Samples(start=None if routed and self._later is not None else self._before, later=self._later)
+        return Moments(width, self._runner.device, kind == "gram", self._later)
 
     def _tap_inputs(self, role: str, kind: str) -> None:
         if self._block is None and role == "head":  # also one that is tied, which is no tensor of its own
@@ -84,7 +95,7 @@ class Taps:
                     continue
                 key = role if tensor.expert is None else f"experts.{tensor.expert}.{role}"
                 width = self._architecture.shapes[canonical][1]
-                self._inputs.setdefault(key, []).append(self._collector(width, kind))
+                self._inputs.setdefault(key, []).append(self._collector(width, kind, tensor.expert is not None))
                 if packed.stacked:
                     self._stacked[role] = packed
                 else:
@@ -175,6 +186,27 @@ class Taps:
         """End a logical shard of the data."""
         for collector in self.collectors:
             collector.close_shard()
+
+    @property
+    def totals(self) -> list[Total]:
+        """All sums over shards, in an order that every process has them in."""
+        return [total for each in self.collectors if not isinstance(each, Samples) for total in each.totals]
+
+    def parts(self) -> list[list[Tensor]]:
+        """What is no sum over shards, for the process that decides: rows, and what is summed batch by batch."""
+        samples = [each.part() for each in self.collectors if isinstance(each, Samples)]
+        return [*samples, [] if self._influence is None else self._influence.parts, self._ends or []]
+
+    def join(self, others: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+        """Go on with the parts of the processes behind this one, in their order."""
+        samples = [each for each in self.collectors if isinstance(each, Samples)]
+        for index, each in enumerate(samples):
+            each.join([parts[index] for parts in others])
+        for *_, influence, ends in others:
+            if self._influence is not None:
+                self._influence.parts += influence
+            if self._ends is not None:
+                self._ends += ends
 
     def evidence(self) -> dict[str, Tensor]:
         """Everything gathered, by name."""

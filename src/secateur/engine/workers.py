@@ -84,7 +84,8 @@ class Workers:
             # in a session of its own, because an interrupt is for us, who then end it; and without a look at the GPU
             # that would keep its children from using it
             places = os.pathsep.join(filter(None, sys.path))  # what is found here is found there
-            environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": places}
+            alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            environment = {**alone, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": places}
             self._server = subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
         assert self._server.stdin is not None
         assert self._server.stdout is not None

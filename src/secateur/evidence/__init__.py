@@ -3,5 +3,6 @@
 from secateur.evidence.moments import CrossMoments, Influence, Moments
 from secateur.evidence.routes import Routes
 from secateur.evidence.samples import Samples
+from secateur.evidence.totals import Later, Total
 
-__all__ = ["CrossMoments", "Influence", "Moments", "Routes", "Samples"]
+__all__ = ["CrossMoments", "Influence", "Later", "Moments", "Routes", "Samples", "Total"]

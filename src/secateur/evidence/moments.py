@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.evidence.totals import Later, Total
+
 _CHUNK = 4096  # rows of one float32 product; sums over chunks are float64
 _TILE = 512  # columns of a product of a signal with itself that are multiplied at once
 
@@ -20,37 +22,47 @@ class Moments:
         width: dimensions of the signal.
         device: where to sum.
         gram: whether all products are summed, or the squares alone.
+        later: see :class:`Total`.
     """
 
-    def __init__(self, width: int, device: torch.device, gram: bool = True) -> None:
-        shape = (width, width) if gram else (width,)
-        self.second = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.first = torch.zeros(width, dtype=torch.float64, device=device)
-        self.count = 0
-        self._shard = (torch.zeros_like(self.second), torch.zeros_like(self.first))
+    def __init__(self, width: int, device: torch.device, gram: bool = True, later: Later | None = None) -> None:
+        self._second = Total((width, width) if gram else (width,), device, later=later)
+        self._first = Total((width,), device, later=later)
+        self._count = Total((1,), torch.device("cpu"), later=later)
+        self._gram = gram
+
+    @property
+    def totals(self) -> list[Total]:
+        return [self._second, self._first, self._count]
+
+    @property
+    def second(self) -> Tensor:
+        """Sum of all products, or of the squares."""
+        return self._second.value
+
+    @property
+    def first(self) -> Tensor:
+        return self._first.value
 
     def add(self, signal: Tensor) -> None:
         """Add a signal of shape [..., width]."""
         rows = signal.detach().reshape(-1, signal.shape[-1])
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
-        second, first = self._shard
         for chunk in torch.split(rows, _CHUNK):
-            second += _squared(chunk) if second.ndim == 2 else chunk.square().sum(0, dtype=torch.float64)
-            first += chunk.sum(0, dtype=torch.float64)
-        self.count += len(rows)
+            self._second.running += _squared(chunk) if self._gram else chunk.square().sum(0, dtype=torch.float64)
+            self._first.running += chunk.sum(0, dtype=torch.float64)
+        self._count.running += len(rows)
 
     def close_shard(self) -> None:
         """Add the running shard to the totals and start the next."""
-        for total, part in zip((self.second, self.first), self._shard, strict=True):
-            total += part
-            part.zero_()
+        for total in self.totals:
+            total.close_shard()
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The totals: ``NAME.gram`` [n, n] or ``NAME.squares`` [n], ``NAME.sum`` [n] and ``NAME.count`` [1]."""
-        kind = "gram" if self.second.ndim == 2 else "squares"
-        count = torch.tensor([self.count], dtype=torch.float64)
-        return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": count}
+        kind = "gram" if self._gram else "squares"
+        return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": self._count.value}
 
 
 def _squared(rows: Tensor) -> Tensor:
@@ -72,23 +84,30 @@ class CrossMoments:
     Args:
         rows, columns: dimensions of y and of x.
         device: where to sum.
+        later: see :class:`Total`.
     """
 
-    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
-        self.total = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        self._shard = torch.zeros_like(self.total)
+    def __init__(self, rows: int, columns: int, device: torch.device, later: Later | None = None) -> None:
+        self._sum = Total((rows, columns), device, later=later)
+
+    @property
+    def totals(self) -> list[Total]:
+        return [self._sum]
+
+    @property
+    def total(self) -> Tensor:
+        return self._sum.value
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Add signals of shapes [..., rows] and [..., columns]."""
         both = [signal.detach().reshape(-1, signal.shape[-1]) for signal in (one, other)]
         wide = torch.float64 if both[0].dtype == torch.float64 else torch.float32
         for left, right in zip(*(torch.split(signal.to(wide), _CHUNK) for signal in both), strict=True):
-            self._shard += left.t() @ right
+            self._sum.running += left.t() @ right
 
     def close_shard(self) -> None:
         """Add the running shard to the total and start the next."""
-        self.total += self._shard
-        self._shard.zero_()
+        self._sum.close_shard()
 
 
 class Influence:
@@ -99,8 +118,8 @@ class Influence:
     """
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        self._count = 0
+        self.parts: list[Tensor] = []
+        """Of every batch its three sums and its count, [4] float64: added in their order, whoever took them."""
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Add the signals [windows, tokens, width] in front of and behind a block."""
@@ -108,9 +127,12 @@ class Influence:
         norm = one.norm(dim=1).clamp(min=1e-30)
         cosine = ((one * other).sum(1) / (norm * other.norm(dim=1).clamp(min=1e-30))).clamp(-1, 1)
         angle, change = torch.arccos(cosine) / torch.pi, (other - one).norm(dim=1) / norm
-        self._sums += torch.stack([(1 - cosine).sum(), angle.sum(), change.sum()]).cpu()
-        self._count += len(one)
+        count = torch.tensor(len(one), dtype=torch.float64)
+        self.parts.append(torch.stack([*(each.sum().cpu() for each in (1 - cosine, angle, change)), count]))
 
     def named(self) -> dict[str, Tensor]:
         """``influence``: [1 - cosine, angle / pi, relative change], each a mean over tokens."""
-        return {"influence": self._sums / max(1, self._count)}
+        sums = torch.zeros(4, dtype=torch.float64)
+        for part in self.parts:
+            sums += part
+        return {"influence": sums[:3] / sums[3].clamp(min=1)}

@@ -208,11 +208,13 @@ class Method(Named):
     Class attributes:
         evidence: statistics of the dense model that the engine gathers for ``score``, by the names of
             ``secateur.engine.taps``: ``stream``, ``influence``, ``ends``, ``routes``, ``ROLE.gram``, ``ROLE.moments``.
+        timed: whether the time of a run follows from its sweeps, so that a preview can foretell it.
         order: whether ``mend`` sees statistics of the dense model, or those behind the cuts of the blocks before
             (``sequential``).
     """
 
     evidence: ClassVar[frozenset[str]] = frozenset()
+    timed: ClassVar[bool] = False
     order: ClassVar[Literal["dense", "sequential"]] = "dense"
 
     sparsity: Fraction | None = Field(

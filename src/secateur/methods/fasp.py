@@ -24,6 +24,7 @@ class Fasp(Method):
     """Behind the cuts so far: score the columns of ``out``, then of ``down``, keep as many in every block, refit."""
 
     name = "fasp"
+    timed = True
     title = "FASP: Fast and Accurate Structured Pruning of Large Language Models"
     paper = "arXiv:2501.09412"
     data = "text"

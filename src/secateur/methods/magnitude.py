@@ -46,6 +46,7 @@ class Magnitude(Selection):
     variants: ClassVar = {("spaces", "weights"): MagnitudeOfWeights}
 
     name = "magnitude"
+    timed = True
     title = "Magnitude of the coupled weights"
     paper = "arXiv:2305.11627"
 

@@ -18,6 +18,7 @@ class SliceGpt(Slicing):
     """Rotate the residual stream to its principal directions and keep the largest, as many at every norm."""
 
     name = "slicegpt"
+    timed = True
     title = "SliceGPT: Compress Large Language Models by Deleting Rows and Columns"
     paper = "arXiv:2401.15024"
 
