@@ -24,6 +24,9 @@ from secateur.methods.base import Method
 
 INTERPRETER: Final = 300 * 2**20
 """Anonymous memory of Python with torch and transformers."""
+_BLOCK: Final = 2**24  # bytes read, written or hashed at a time
+_LARGE: Final = 2**26
+_NOMINAL: Final = 1e9  # bytes a second, where there are too few to matter
 
 
 @dataclass(frozen=True)
@@ -44,46 +47,56 @@ class Rates:
     multiply: float
     square: float
 
-    @staticmethod
-    @cache
-    def of(file: Path, folder: Path) -> Rates:
-        """Measure for about half a second.
+    @classmethod
+    def of(cls, file: Path, folder: Path) -> Rates:
+        """Measure for about half a second; of small files, whose bytes take no time, not what the disk does.
 
         Args:
             file: the largest file of a model.
             folder: where output will be written; an unnamed file is written there for a moment.
         """
-        block = bytes(2**24)
-        hashing = _rate(lambda: hashlib.sha256(block), len(block))
-        matrix = torch.ones(768, 768)
-        multiply = _rate(lambda: matrix @ matrix, 2 * 768**3)
-        values = torch.ones(2**22, dtype=torch.bfloat16)
+        hashing, multiply, squares = _processor()
+        large = file.stat().st_size >= _LARGE
+        reading, writing = (_reading(file), _writing(folder)) if large else (_NOMINAL, _NOMINAL)
+        return cls(reading, 1 / (1 / writing + 1 / hashing), hashing, multiply, squares)
 
-        def square() -> None:
-            for chunk in torch.split(values, 2**15):
-                chunk.float().square().sum(dtype=torch.float64)
 
-        squares = _rate(square, values.numel())
-        with tempfile.TemporaryFile(dir=folder) as handle:
-            descriptor, written = handle.fileno(), 0
+@cache
+def _processor() -> tuple[float, float, float]:
+    """Rates of SHA-256, of products, and of squares."""
+    block, matrix = bytes(_BLOCK), torch.ones(768, 768)
+    values = torch.ones(2**22, dtype=torch.bfloat16)
 
-            def write() -> None:
-                nonlocal written
-                hashlib.sha256(block)
-                written += os.pwrite(descriptor, block, written % 2**27)
+    def square() -> None:
+        for chunk in torch.split(values, 2**15):
+            chunk.float().square().sum(dtype=torch.float64)
 
-            writing = _rate(write, len(block))
-        with file.open("rb") as weights:
-            size, place = file.stat().st_size, 0
+    hashing = _rate(lambda: hashlib.sha256(block), _BLOCK)
+    return hashing, _rate(lambda: matrix @ matrix, 2 * 768**3), _rate(square, values.numel())
 
-            def read() -> None:
-                nonlocal place
-                weights.seek(place % max(1, size - len(block)))
-                weights.read(len(block))
-                place += 5 * len(block)
 
-            reading = _rate(read, min(size, len(block)))
-        return Rates(reading, writing, hashing, multiply, squares)
+def _writing(folder: Path) -> float:
+    block, written = bytes(_BLOCK), 0
+    with tempfile.TemporaryFile(dir=folder) as handle:
+
+        def write() -> None:
+            nonlocal written
+            written += os.pwrite(handle.fileno(), block, written % 2**27)
+
+        return _rate(write, _BLOCK)
+
+
+def _reading(file: Path) -> float:
+    size, place = file.stat().st_size, 0
+    with file.open("rb") as handle:
+
+        def read() -> None:
+            nonlocal place
+            handle.seek(place % (size - _BLOCK))
+            handle.read(_BLOCK)
+            place += 5 * _BLOCK
+
+        return _rate(read, _BLOCK)
 
 
 def _rate(work: Callable[[], object], amount: int, seconds: float = 0.1) -> float:
@@ -186,7 +199,7 @@ class Foresight:
 
     @property
     def _ffn(self) -> int:
-        return max(block.ffn for block in self._before.blocks)
+        return max((block.ffn for block in self._before.blocks), default=0)
 
     @property
     def _batch(self) -> int:
@@ -234,7 +247,7 @@ class Foresight:
         """FLOPs of the walk: blocks, attention, the upper halves of Gram matrices, and least squares."""
         sizes, method, tokens = self._before, self._method, self._tokens
         blocks = len(sizes.blocks)
-        heads = sizes.blocks[0].kv * sizes.blocks[0].group * sizes.head
+        heads = max((block.kv * block.group for block in sizes.blocks), default=0) * sizes.head
         total = float(tokens) * (2 * sum(self._blocks) + 4 * blocks * self._length * heads)
         names = frozenset[str]().union(method.evidence, *method.mends)
         total += blocks * tokens * sum(1.1 * width**2 for width in self._grams(names))
