@@ -10,7 +10,7 @@ from torch import nn
 from secateur.api.channels import graph, prune_module
 from secateur.graph.atoms import Atoms, frozen
 from secateur.graph.closures import closed_sets
-from secateur.scores.channels import CRITERIA, unit_scores
+from secateur.scores.channels import normalised, unit_scores
 
 
 def chain() -> tuple[nn.Sequential, torch.Tensor]:
@@ -20,14 +20,15 @@ def chain() -> tuple[nn.Sequential, torch.Tensor]:
     return module, torch.randn(1, 3, 8, 8)
 
 
-@pytest.mark.parametrize("aggregation", ["sum", "mean", "max", "prod"])
+@pytest.mark.parametrize("aggregation", ["sum", "mean", "max", "prod", "first"])
 @pytest.mark.parametrize("criterion", ["l1", "l2", "bn"])
 def test_scores_are_those_of_the_formula(criterion: str, aggregation: str) -> None:
     module, inputs = chain()
     space = graph(module, inputs).space("0")
     tensors = dict(module.named_parameters())
-    found = unit_scores(space, CRITERIA[criterion], tensors.__getitem__, aggregation, "none")  # type: ignore[arg-type]
     worth = torch.square if criterion == "l2" else torch.abs
+    roles = ("norm",) if criterion == "bn" else ()
+    found = unit_scores(space, lambda name: worth(tensors[name]), aggregation, "none", roles)  # type: ignore[arg-type]
     parts = [worth(module[1].weight), worth(module[1].bias)]  # type: ignore[arg-type]
     if criterion != "bn":
         first, bias, last = module[0].weight, module[0].bias, module[3].weight
@@ -38,17 +39,19 @@ def test_scores_are_those_of_the_formula(criterion: str, aggregation: str) -> No
         "mean": stacked.mean(0),
         "max": stacked.amax(0),
         "prod": stacked.clamp(min=1e-300).prod(0) ** (1 / len(parts)),
+        "first": stacked[0],
     }[aggregation]
     assert torch.allclose(found, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("normaliser", ["sum", "mean", "max"])
-def test_normalised_scores(normaliser: str) -> None:
-    module, inputs = chain()
-    space, tensors = graph(module, inputs).space("0"), dict(module.named_parameters())
-    raw = unit_scores(space, CRITERIA["l1"], tensors.__getitem__, "sum", "none")
-    found = unit_scores(space, CRITERIA["l1"], tensors.__getitem__, "sum", normaliser)  # type: ignore[arg-type]
-    assert torch.allclose(found * getattr(raw, normaliser)(), raw)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_normalised_scores(sign: int) -> None:
+    raw = torch.tensor([3.0, 1.0, 2.0, 6.0], dtype=torch.float64)
+    for normaliser, over in (("none", 1), ("sum", 12), ("mean", 3), ("max", 6), ("median", 2)):
+        assert torch.allclose(normalised(sign * raw, normaliser) * over, sign * raw)  # type: ignore[arg-type]
+    assert torch.allclose(normalised(raw, "standardise"), (raw - 1) / 5)
+    assert torch.allclose(normalised(raw, "gaussian"), (raw - 3) / raw.std(correction=0))
+    assert torch.allclose(normalised(raw, "lamp"), torch.tensor([3 / 9, 1 / 12, 2 / 11, 1.0]).double())
 
 
 def test_dead_channels_go_first() -> None:

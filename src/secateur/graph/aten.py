@@ -128,10 +128,24 @@ def _power(a: Arguments, _: Sequence[Value]) -> Reading:
     return "elementwise", _tensors(a), {"exponent": a["exponent"]}
 
 
+def _spread(given: Any, weight: Value) -> list[int]:
+    """A number for each spatial axis of a convolution."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    return numbers * (_rank(weight) - 2) if len(numbers) == 1 else numbers
+
+
 def _convolution(transposed: bool) -> Reader:
     def reader(a: Arguments, _: Sequence[Value]) -> Reading:
         inputs = _some(x=a["input"], weight=a["weight"], bias=a["bias"])
-        return "convolution", inputs, {"groups": a["groups"], "transposed": transposed or bool(a.get("transposed"))}
+        kernel, dilation = a["weight"].shape[2:], _spread(a["dilation"], a["weight"])
+        windows: dict[str, Any] = {"stride": _spread(a["stride"], a["weight"]), "dilation": dilation}
+        if isinstance(a["padding"], str):
+            over = [d * (k - 1) if a["padding"] == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            windows["pads"] = [(each // 2, each - each // 2) for each in over]
+        else:
+            windows["pads"] = [(each, each) for each in _spread(a["padding"], a["weight"])]
+        turned = transposed or bool(a.get("transposed"))
+        return "convolution", inputs, {"groups": a["groups"], "transposed": turned, **windows}
 
     return reader
 
