@@ -12,9 +12,9 @@ from torch.nn import functional
 import secateur
 from graph_nets import Residual, net
 from secateur import SecateurError
-from secateur.evidence.batches import Example
+from secateur.evidence.batches import Example, samples
 from secateur.evidence.flow import synaptic_flow
-from secateur.evidence.gradients import Slope, samples
+from secateur.evidence.gradients import Slope
 from secateur.evidence.losses import cross_entropy
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import build

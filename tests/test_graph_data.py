@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from secateur.budgets.targets import Target
 from secateur.evidence.batches import Batches, noise
 from secateur.evidence.losses import cross_entropy, losses_of
 from secateur.methods import registry
+from secateur.methods.base import Data
 from secateur.methods.channels import ChannelStudy, Choose, GraphMethod
 
 
@@ -36,7 +37,7 @@ class Needing(Plain):
     """Needs labels; goes half of the way, silences, then the rest; mends."""
 
     name = "needing_for_tests"
-    data: ClassVar[Literal["none", "text", "inputs", "labels"]] = "labels"
+    data: ClassVar[Data] = "labels"  # type: ignore[assignment]
 
     def decide(self, study: ChannelStudy, target: Target, choose: Choose) -> Units:
         half = study.silenced(choose(self.score(study), target, 0.5))

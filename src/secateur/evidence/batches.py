@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -118,3 +119,34 @@ def noise(example: Batch, count: int, generator: torch.Generator) -> list[Exampl
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
     return [Example(tree_map(drawn, example)) for _ in range(count)]
+
+
+def samples(examples: Iterable[Example]) -> Iterator[Example]:
+    """Batches of one sample each, cut along the first axis of all tensors that have as many rows as the first one."""
+    for example in examples:
+        rows = batch_size(example.inputs)
+        for row in range(rows):
+            one = partial(_part, span=slice(row, row + 1), rows=rows)
+            yield Example(tree_map(one, example.inputs), tree_map(one, example.labels))
+
+
+def first(examples: Iterable[Example], count: int) -> list[Batch]:
+    """Inputs of the first ``count`` samples, batch by batch."""
+    found: list[Batch] = []
+    left = count
+    for example in examples:
+        rows = batch_size(example.inputs)
+        found.append(tree_map(partial(_part, span=slice(0, left), rows=rows), example.inputs))
+        left -= rows
+        if left <= 0:
+            break
+    return found
+
+
+def batch_size(inputs: Any) -> int:
+    """Rows of the first tensor."""
+    return next((len(leaf) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def _part(leaf: Any, span: slice, rows: int) -> Any:
+    return leaf[span] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf

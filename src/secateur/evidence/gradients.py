@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
 
 from secateur.errors import refuse
 from secateur.evidence.batches import Example
@@ -89,21 +86,3 @@ def module_of(host: Host) -> torch.nn.Module:
             "no-gradients", "slopes of a loss", "only modules have them", "prune the module, or choose another score"
         )
     return host.module
-
-
-def samples(examples: Iterable[Example]) -> Iterator[Example]:
-    """Batches of one sample each, cut along the first axis of all tensors that have as many rows as the first one."""
-    for example in examples:
-        rows = batch_size(example.inputs)
-        for row in range(rows):
-            one = partial(_row, row=row, rows=rows)
-            yield Example(tree_map(one, example.inputs), tree_map(one, example.labels))
-
-
-def batch_size(inputs: Any) -> int:
-    """Rows of the first tensor."""
-    return next((len(leaf) for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.ndim), 1)
-
-
-def _row(leaf: Any, row: int, rows: int) -> Any:
-    return leaf[row : row + 1] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf

@@ -154,7 +154,8 @@ def _batch_norm(a: Arguments, _: Sequence[Value]) -> Reading:
     inputs = _some(x=a["input"], weight=a["weight"], bias=a["bias"], mean=a["running_mean"], var=a["running_var"])
     spatial = [dim for dim in range(_rank(a["input"])) if dim != 1]
     live = a.get("training", a.get("use_input_stats"))
-    return "batch_norm", inputs, {"statistics": (spatial if "training" in a else spatial[1:]) if live else []}
+    statistics = (spatial if "training" in a else spatial[1:]) if live else []
+    return "batch_norm", inputs, {"statistics": statistics, "eps": a["eps"]}
 
 
 def _layer_norm(a: Arguments, _: Sequence[Value]) -> Reading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,10 +81,16 @@ class Reader:
             return x.flatten(2).transpose(1, 2)
         return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1])
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Everything that the matrix is multiplied with, [groups, products, columns]."""
+    def rows(self, x: Tensor, places: int | None = None) -> Tensor:
+        """Everything that the matrix is multiplied with, [groups, products, columns].
+
+        Args:
+            x: what it reads.
+            places: how many of every sample, drawn with a fixed seed: the same of signals of one shape. All if None.
+        """
         if not self.is_convolution or self.transposed:
-            found = self.channels(x).flatten(0, 1)
+            found = self.channels(x)
+            found = (found if places is None else _drawn(found, 1, places)).flatten(0, 1)
             return found.reshape(len(found), self.groups, -1).transpose(0, 1)
         attrs, kernel = self.step.attrs, self.step.inputs["weight"].shape[2:]
         rank = len(kernel)
@@ -92,12 +98,32 @@ class Reader:
         x = functional.pad(x, [each for pair in reversed(attrs["pads"]) for each in pair])
         for axis, (size, stride, dilation) in enumerate(zip(kernel, attrs["stride"], attrs["dilation"], strict=True)):
             x = x.unfold(axis + 2, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        n, channels = x.shape[:2]
-        x = x.reshape(n, self.groups, channels // self.groups, *x.shape[2:])
-        places, window = list(range(3, 3 + rank)), list(range(3 + rank, 3 + 2 * rank))
-        return x.permute(1, 0, *places, 2, *window).reshape(
-            self.groups, -1, channels // self.groups * math.prod(kernel)
-        )
+        x = x.movedim(1, 1 + rank)  # [samples, *places, channels, *window], all of it views
+        x = x.flatten(1, rank) if places is None else _drawn(x, rank, places)
+        x = x.reshape(-1, self.groups, x.shape[2] // self.groups * math.prod(kernel))
+        return x.transpose(0, 1)
+
+    def pieces(self, x: Tensor, places: int | None = None, entries: int = 1 << 24) -> Iterator[Tensor]:
+        """The same, so many samples at a time that no piece has more entries than that."""
+        window = math.prod(self.step.inputs["weight"].shape[2:]) if self.is_convolution and not self.transposed else 1
+        samples = max(1, entries // max(1, x[:1].numel() * window))
+        for part in torch.split(x, samples):
+            yield self.rows(part, places)
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Numbers of the outputs for the rows of the matrix, [groups, rows, 1]."""
+        if self.transposed and self.is_convolution:
+            values = values.repeat_interleave(math.prod(self.step.inputs["weight"].shape[2:]))
+        return values.reshape(self.groups, -1, 1)
+
+
+def _drawn(x: Tensor, rank: int, places: int) -> Tensor:
+    """Some places of every sample of [samples, *places, ...], [samples, places, ...]."""
+    sizes = x.shape[1 : 1 + rank]
+    generator = torch.Generator().manual_seed(len(x))
+    flat = torch.randint(math.prod(sizes), (len(x), places), generator=generator)
+    index = torch.unravel_index(flat.to(x.device), sizes)
+    return x[(torch.arange(len(x), device=x.device)[:, None], *index)]
 
 
 def readers(network: Network) -> list[Reader]:
@@ -128,12 +154,29 @@ def _weight(step: Operation) -> tuple[Value | None, bool]:
 
 def norms_behind(network: Network) -> Mapping[Value, Operation]:
     """Batch norms by the value that they, and nothing else, read."""
-    uses: dict[Value, int] = {}
-    for step in network.operations:
-        for value in step.inputs.values():
-            uses[value] = uses.get(value, 0) + 1
+    users = _users(network)
     return {
         step.inputs["x"]: step
         for step in network.operations
-        if step.op == "batch_norm" and {"mean", "var"} <= set(step.inputs) and uses[step.inputs["x"]] == 1
+        if step.op == "batch_norm" and {"mean", "var"} <= set(step.inputs) and len(users[step.inputs["x"]]) == 1
     }
+
+
+def destination(network: Network, value: Value) -> Value:
+    """Where a value ends up behind the batch norm that reads it alone, and the sum with others that it enters then."""
+    users = _users(network)
+    for op in ("batch_norm", "elementwise"):
+        behind = users.get(value, [])
+        made = len([each for each in behind[0].inputs.values() if not each.is_state]) if behind else 0
+        if len(behind) == 1 and behind[0].op == op and (made == 1 if op == "batch_norm" else made > 1):
+            value = behind[0].outputs[0]
+    return value
+
+
+def _users(network: Network) -> dict[Value, list[Operation]]:
+    """Steps by what they read."""
+    found: dict[Value, list[Operation]] = {}
+    for step in network.operations:
+        for value in step.inputs.values():
+            found.setdefault(value, []).append(step)
+    return found

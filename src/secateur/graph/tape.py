@@ -62,6 +62,7 @@ def replay(
     network: Network,
     watch: Collection[Value] = (),
     instead: Mapping[Value, Value] | None = None,
+    head: Replay | None = None,
 ) -> tuple[list[Tensor], dict[Value, Tensor]]:
     """Run a module again as :func:`record` ran it, and catch some of the values that it computes on the way.
 
@@ -71,6 +72,7 @@ def replay(
         network: the record.
         watch: values of the network.
         instead: for values that one operation makes, the one of its tensors that is taken in their place.
+        head: what is told of every operator that is called; by default it catches and replaces these values.
 
     Returns:
         The outputs in the order of ``network.outputs``, and the watched values; copies, so nothing can change them.
@@ -78,15 +80,16 @@ def replay(
     Raises:
         RequestError: on these inputs the module takes another path than on the example inputs.
     """
-    head = _Replay(network.operations, watch, instead or {}) if watch or instead else nullcontext()
+    if head is None and (watch or instead):
+        head = Replay(network.operations, watch, instead or {})
     args, kwargs = arguments(inputs)
     with restored(module.modules()), torch.inference_mode(), _plain_attention():
         module.eval()
         args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         entering = [leaf.clone() for leaf in tree_flatten((args, kwargs))[0] if _is_tensor(leaf)] if watch else []
-        with head:
+        with head or nullcontext():
             result = module(*args, **kwargs)
-    found = head.found if isinstance(head, _Replay) else {}
+    found = head.found if head else {}
     found |= {value: leaf for value, leaf in zip(network.inputs, entering, strict=False) if value in watch}
     for value in watch:
         if value.is_state:
@@ -101,7 +104,7 @@ def _strayed(how: str) -> NoReturn:
     refuse("another-path", "a run to watch", f"the network takes another path than on the example inputs: {how}")
 
 
-class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that are called, and keeps what some of them make."""
 
     @classmethod
@@ -109,13 +112,16 @@ class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __init__(
-        self, operations: Sequence[Operation], watch: Collection[Value], instead: Mapping[Value, Value]
+        self,
+        operations: Sequence[Operation],
+        watch: Collection[Value] = (),
+        instead: Mapping[Value, Value] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._operations, self._count, self._watch = operations, 0, set(watch)
         self._instead = {}
         for number, step in enumerate(operations if instead else ()):
-            taken = instead.get(step.outputs[0])
+            taken = (instead or {}).get(step.outputs[0])
             if taken is not None:
                 self._instead[number] = list(step.inputs.values()).index(taken)
         self.found: dict[Value, Tensor] = {}
@@ -123,10 +129,10 @@ class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = self._instead.get(self._count)
         other = None if taken is None else args[taken].clone()  # before the operation, which may write to it
-        result = func(*args, **(kwargs or {}))
+        step = self._operations[self._count] if self._count < len(self._operations) else None
+        result = self.call(step, func, args, kwargs or {})
         made = [leaf for leaf in (result if isinstance(result, list | tuple) else [result]) if _is_tensor(leaf)]
         if made:
-            step = self._operations[self._count] if self._count < len(self._operations) else None
             self._count += 1
             if other is not None:
                 made[0].copy_(other)
@@ -136,6 +142,11 @@ class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if value in self._watch:
                     self.found[value] = tensor.clone()
         return result
+
+    def call(self, step: Operation | None, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the operator gives; ``step`` is what it should be."""
+        del step
+        return func(*args, **kwargs)
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]

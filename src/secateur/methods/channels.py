@@ -19,10 +19,13 @@ from secateur.budgets.targets import Target
 from secateur.errors import refuse
 from secateur.evidence.batches import Example
 from secateur.evidence.losses import Loss
-from secateur.graph.edit import kept
+from secateur.graph.following import silent
 from secateur.graph.host import Batch, Host
 from secateur.graph.spaces import ChannelSpace, Graph
-from secateur.methods.base import Fraction, Named
+from secateur.mends.absorbing import absorbed
+from secateur.mends.folding import Folding
+from secateur.mends.readers import Mender
+from secateur.methods.base import Data, Fraction, Named
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,11 @@ class ChannelStudy:
     def silenced(self, units: Units) -> Self:
         """The same network without some more units: zeros wherever anything of them lies."""
         together = {name: sorted({*self.gone.get(name, ()), *units.get(name, ())}) for name in (*self.gone, *units)}
-        found = {}
-        for name, dims in kept(self.graph, self.graph.gone(together)).items():
-            value = self.host.tensor(name).detach().clone()
-            for dim, stays in dims.items():
-                goes = torch.ones(value.shape[dim], dtype=torch.bool)
-                goes[stays] = False
-                value.index_fill_(dim, goes.nonzero().flatten().to(value.device), 0)
-            found[name] = value
+        found = silent(self.host, self.graph, self.graph.gone(together))
         return replace(self, host=self.host.with_tensors(found), gone=together)
+
+
+Mending = Literal["none", "absorb", "recalibrate", "least-squares", "fold"]
 
 
 class Choose(Protocol):
@@ -116,6 +115,18 @@ class GraphMethod(Named):
         "stays, then",
     )
 
+    mending: Mending = Field(
+        "none",
+        description="how what stays makes up for what goes: not at all; biases take over what is lost on average "
+        "(absorb: its shifts, or with data its means); batch norms take their statistics on the data (recalibrate); "
+        "readers are refitted on the data (least-squares); readers take combinations of the channels that stay, by the "
+        "weights alone (fold)",
+    )
+
+    @property
+    def data(self) -> Data:  # type: ignore[override]
+        return "inputs" if self.mending in ("recalibrate", "least-squares") else "none"
+
     def score(self, study: ChannelStudy) -> dict[str, Tensor]:
         """One number for each unit of ``study.spaces``, by name of the space; higher = keep."""
         raise NotImplementedError
@@ -131,4 +142,14 @@ class GraphMethod(Named):
             study: the uncut network.
             units: what goes.
         """
-        return {}
+        gone = study.graph.gone(units)
+        if self.mending == "fold":
+            return Folding(study.host, study.graph, units).restore()
+        if self.mending == "absorb":
+            batches = None if study.batches is None else [example.inputs for example in study.batches]
+            return absorbed(study.host, study.graph, gone, batches, study.example)
+        if self.mending == "none":
+            return {}
+        refit = self.mending == "least-squares"
+        mender = Mender(study.host, study.graph, gone, readers=refit, norms="own")
+        return mender.mend([example.inputs for example in study.data()])

@@ -38,8 +38,10 @@ _OURS: Final = {
     "lamp": "secateur.methods.densities:Lamp",
     "layers_lottery": "secateur.methods.layers_lottery:LayersLottery",
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
+    "lrp_pruning": "secateur.methods.lrp_pruning:LrpPruning",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
+    "obspa": "secateur.methods.obspa:Obspa",
     "precrop": "secateur.methods.precrop:PreCrop",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
@@ -53,6 +55,7 @@ _OURS: Final = {
     "sparsegpt": "secateur.methods.sparsegpt:SparseGpt",
     "stun": "secateur.methods.stun:Stun",
     "synflow": "secateur.methods.synflow:SynFlow",
+    "udfc": "secateur.methods.udfc:Udfc",
     "wanda": "secateur.methods.wanda:Wanda",
 }
 DEFAULT_WITH_DATA: Final = "joint"

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from secateur.evidence.batches import samples
 from secateur.evidence.flow import synaptic_flow
-from secateur.evidence.gradients import Slope, Slopes, samples
+from secateur.evidence.gradients import Slope, Slopes
 from secateur.evidence.signals import Signal, channel_signals
 from secateur.graph.spaces import ChannelSpace
 from secateur.methods.base import Data
@@ -55,7 +56,7 @@ class Spa(Rescored):
 
     @property
     def data(self) -> Data:  # type: ignore[override]
-        return "labels" if self.score_by in _LABELS else "inputs" if self.score_by == "activation" else "none"
+        return "labels" if self.score_by in _LABELS else "inputs" if self.score_by == "activation" else super().data
 
     @property
     def seeded(self) -> bool:  # type: ignore[override]
