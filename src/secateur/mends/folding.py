@@ -44,7 +44,8 @@ def quantised(weight: Tensor, bits: int, largest: float) -> Tensor:
     """The nearest of 2^bits - 1 evenly spaced values from ``-largest`` to ``largest``."""
     most = 2 ** (bits - 1) - 1
     step = max(largest, 1e-30) / most
-    return (weight / step).round().clamp(-most, most) * step
+    found: Tensor = (weight / step).round().clamp(-most, most) * step
+    return found
 
 
 def rescaling(folded: Tensor, rounded: Tensor, shifts: Tensor, alpha1: float) -> Tensor:
