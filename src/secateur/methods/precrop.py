@@ -61,7 +61,7 @@ class PreCrop(GraphMethod):
 
     def mend(self, study: ChannelStudy, units: Units) -> dict[str, Tensor]:
         if not self.rescale:
-            return {}
+            return super().mend(study, units)
         gone, found = study.graph.gone(units), {}
         for space in study.spaces:
             for entry in space.entries:
