@@ -31,7 +31,7 @@ class Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x)).relu()
-        x = self.pool(x + self.outer(self.inner(x).relu()))
+        x = self.pool(x + self.outer(self.inner(x).relu()).relu())
         return self.head(nn.functional.avg_pool2d(x.relu(), 2).mean((2, 3)))
 
 

@@ -102,21 +102,24 @@ def _told(item: Any) -> str:
     return type(item).__name__
 
 
-def noise(example: Batch, count: int, generator: torch.Generator) -> list[Example]:
+def noise(example: Batch, count: int, generator: torch.Generator, rows: int | None = None) -> list[Example]:
     """Batches of the example's shapes with numbers drawn from N(0, 1), for want of data.
 
     Args:
         example: all its tensors must hold real numbers.
         count: number of batches.
         generator: what they are drawn from.
+        rows: of a batch; as many as the example has if None.
     """
+    there = batch_size(example)
 
     def drawn(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if not leaf.is_floating_point():
             refuse("no-noise", "calibration on noise", f"inputs of type {leaf.dtype}", "give data")
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
+        wide = rows is not None and leaf.ndim > 0 and len(leaf) == there
+        return torch.randn((rows, *leaf.shape[1:]) if wide else leaf.shape, generator=generator).to(leaf)
 
     return [Example(tree_map(drawn, example)) for _ in range(count)]
 

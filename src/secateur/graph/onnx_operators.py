@@ -117,10 +117,27 @@ def _scales(call: Call) -> Reading:
     return "elementwise", _tensors(call), {"scales": both}
 
 
+def _windows(call: Call) -> dict[str, Any]:
+    """Where the windows of a convolution lie."""
+    kernel = call.at(1).shape[2:]
+    rank = len(kernel)
+    stride, dilation = (list(call.attrs.get(name, [1] * rank)) for name in ("strides", "dilations"))
+    pads, automatic = call.attrs.get("pads", [0] * 2 * rank), call.attrs.get("auto_pad", "NOTSET")
+    if automatic in ("SAME_UPPER", "SAME_LOWER"):
+        pads = [0] * 2 * rank
+        for axis, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True)):
+            entering = call.x.shape[2 + axis]
+            over = max(0, (-(-entering // step) - 1) * step + apart * (size - 1) + 1 - entering)
+            small, large = over // 2, over - over // 2
+            pads[axis], pads[rank + axis] = (small, large) if automatic == "SAME_UPPER" else (large, small)
+    return {"stride": stride, "dilation": dilation, "pads": list(zip(pads[:rank], pads[rank:], strict=True))}
+
+
 def _convolution(transposed: bool) -> Reader:
     def reader(call: Call) -> Reading:
         inputs = _some(x=call.x, weight=call.at(1), bias=call.at(2))
-        return "convolution", inputs, {"groups": call.attrs.get("group", 1), "transposed": transposed}
+        windows = {} if transposed else _windows(call)
+        return "convolution", inputs, {"groups": call.attrs.get("group", 1), "transposed": transposed, **windows}
 
     return reader
 
@@ -144,7 +161,8 @@ def _gemm(call: Call) -> list[Operation]:
 def _batch_norm(call: Call) -> Reading:
     inputs = _some(x=call.x, weight=call.at(1), bias=call.at(2), mean=call.at(3), var=call.at(4))
     live = call.attrs.get("training_mode")
-    return "batch_norm", inputs, {"statistics": [d for d in range(_rank(call.x)) if d != 1] if live else []}
+    statistics = [d for d in range(_rank(call.x)) if d != 1] if live else []
+    return "batch_norm", inputs, {"statistics": statistics, "eps": call.attrs.get("epsilon", 1e-5)}
 
 
 def _instance_norm(call: Call) -> Reading:

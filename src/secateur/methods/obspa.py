@@ -23,6 +23,8 @@ from secateur.methods.channels import ChannelStudy, Choose, Mending
 from secateur.methods.rescored import Rescored
 from secateur.scores.obs import Share, elimination_scores
 
+_NOISY = 64  # inputs of noise that are run at a time
+
 
 class Obspa(Rescored):
     """Delete what costs least by Optimal Brain Surgeon over all readers of a channel, and refit these."""
@@ -114,9 +116,15 @@ class Obspa(Rescored):
     def _batches(self, study: ChannelStudy) -> list[Batch]:
         if study.batches is not None:
             return first(study.batches, self.samples)
-        rows = batch_size(study.example)
-        generator = torch.Generator().manual_seed(study.generator.initial_seed())
-        return first(noise(study.example, -(-self.samples // rows), generator), self.samples)
+        for rows in (_NOISY, batch_size(study.example)):
+            generator = torch.Generator().manual_seed(study.generator.initial_seed())
+            found = first(noise(study.example, -(-self.samples // rows), generator, rows), self.samples)
+            try:
+                study.host.run(found[0])
+                break
+            except Exception:  # the network may count on the size of a batch; then it is run on the example's
+                continue
+        return found
 
 
 def _scale(study: ChannelStudy, norm: Operation) -> Tensor:
