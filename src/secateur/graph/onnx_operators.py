@@ -119,7 +119,8 @@ def _scales(call: Call) -> Reading:
 
 def _windows(call: Call) -> dict[str, Any]:
     """Where the windows of a convolution lie."""
-    kernel = call.at(1).shape[2:]
+    weight = call.at(1)
+    kernel = () if weight is None else weight.shape[2:]
     rank = len(kernel)
     stride, dilation = (list(call.attrs.get(name, [1] * rank)) for name in ("strides", "dilations"))
     pads, automatic = call.attrs.get("pads", [0] * 2 * rank), call.attrs.get("auto_pad", "NOTSET")
