@@ -44,6 +44,11 @@ class Moments:
     def first(self) -> Tensor:
         return self._first.value
 
+    @property
+    def count(self) -> int:
+        """Tokens of all closed shards."""
+        return int(self._count.value)
+
     def add(self, signal: Tensor) -> None:
         """Add a signal of shape [..., width]."""
         rows = signal.detach().reshape(-1, signal.shape[-1])

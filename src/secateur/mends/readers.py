@@ -88,6 +88,8 @@ class Mender:
         matrix = reader.matrix(old).double()
         norm = self._norms.get(reader.out)
         moved = reader.bias or (norm.inputs["mean"].name if norm is not None else "")
+        if reader.transposed and reader.is_convolution:  # its windows may overlap: no bias is that of one
+            moved = ""
         columns = reader.columns(stays.get(reader.dim, torch.arange(old.shape[reader.dim])))
         groups, shift = [], []
         for weight, (gram, cross, first, aim, count) in zip(matrix, self._moments(reader, dense, mended), strict=True):
@@ -100,7 +102,7 @@ class Mender:
                 groups.append(zeroed(weight.clone(), {1: columns}))
             shift.append((weight @ aim - groups[-1] @ first) / count)
         made = {reader.weight: zeroed(reader.tensor(torch.stack(groups), old).to(old), stays)}
-        if self.shifts and moved and not reader.transposed:
+        if self.shifts and moved:
             sign, lost = (1 if reader.bias else -1), torch.cat(shift)
             value = self._tensor(moved)
             made[moved] = zeroed((value.double() + sign * lost).to(value), self._stays.get(moved, {}))
