@@ -24,26 +24,28 @@ Run = Callable[[], object]
 """One run of a network on its example inputs."""
 
 
-def relative_latency(whole: Run, small: Run, rounds: int = _ROUNDS) -> float:
+def relative_latency(
+    whole: Run, small: Run, rounds: int = _ROUNDS, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds of one network as a share of another's: the median over rounds that run both, in alternating order.
 
     A round repeats each as often as it takes for a clock to tell, the same number of times for both.
     """
     small()
-    repeats = max(1, round(_LEAST_SECONDS / max(min(_seconds(whole, 1) for _ in range(2)), 1e-9)))
+    repeats = max(1, round(_LEAST_SECONDS / max(min(_seconds(whole, 1, clock) for _ in range(2)), 1e-9)))
     found = []
     for number in range(rounds):
         order = [(0, whole), (1, small)][:: 1 if number % 2 else -1]
-        took = dict(sorted((which, _seconds(run, repeats)) for which, run in order))
+        took = dict(sorted((which, _seconds(run, repeats, clock)) for which, run in order))
         found.append(took[1] / took[0])
     return statistics.median(found)
 
 
-def _seconds(run: Run, repeats: int) -> float:
-    started = time.perf_counter()
+def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
+    started = clock()
     for _ in range(repeats):
         run()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 @dataclass
