@@ -29,6 +29,7 @@ from torch.nn import functional
 import secateur
 from common import HERE, Goal, Result, conditions, parser, record
 from secateur.errors import SecateurError
+from secateur.methods.blocks import BlockMethod
 from secateur.methods.registry import make_graph_method, method_class, method_names
 
 ASSETS = Path(os.environ.get("SECATEUR_ASSETS", HERE.parents[1] / "shared" / "assets"))
@@ -37,6 +38,8 @@ LEFT = (0.7, 0.5)
 SEEDS = (0, 1, 2)
 CALIBRATION, BATCH = 512, 128
 """Training images that methods may look at, and images at once."""
+BLOCKS = 0.06
+"""How far from the FLOPs methods may end that leave out whole blocks."""
 TUNE = {"optimiser": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "epochs": 1}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "spa score_by=l2": ("spa", {"score_by": "l2"}),
@@ -165,7 +168,8 @@ class Task:
 def pruned(task: Task, label: str, left: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The network cut by one of the methods."""
     method, options = VARIANTS.get(label, (label, {}))
-    needs = make_graph_method(method, options).data
+    made = make_graph_method(method, options)
+    needs = made.data
     batches = None if needs == "none" else task.calibration
     result = secateur.prune(
         task.model,
@@ -175,6 +179,7 @@ def pruned(task: Task, label: str, left: float, seed: int) -> tuple[nn.Module, d
         data=batches,
         options=options,
         seed=seed,
+        tolerance=BLOCKS if isinstance(made, BlockMethod) else 0.02,
     )
     assert result.model is not None
     return result.model, {"refused": dict(result.refused), "data": needs}
@@ -274,9 +279,10 @@ class Run:
     Args:
         small: two methods, few images.
         tune: training images of a fine-tune.
+        methods: rows to run; None for all.
     """
 
-    def __init__(self, small: bool, tune: int, journal: Journal) -> None:
+    def __init__(self, small: bool, tune: int, journal: Journal, methods: list[str] | None) -> None:
         self.small, self.journal = small, journal
         self.tune = 2 * BATCH if small else tune
         self.train = cifar("train_20k.npz", self.tune if small else None)
@@ -286,6 +292,7 @@ class Run:
             print("torch-pruning is not installed: nothing beside", file=sys.stderr)
         else:
             self.labels += PEERS[: 1 if small else None]
+        self.labels = [label for label in self.labels if methods is None or label in methods]
 
     def resnet(self, name: str) -> Task:
         model = script(ASSETS / "cnn" / "resnet_cifar.py").load(str(ASSETS / "cnn" / name))
@@ -398,6 +405,7 @@ def main() -> None:
     options.add_argument("--tune-images", type=int, default=20_000, help="training images of the fine-tune")
     options.add_argument("--tune", nargs="*", default=["resnet20-cifar10"], help="networks that are fine-tuned")
     options.add_argument("--networks", nargs="*", default=["resnet20-cifar10", "mobilenet", "resnet56-cifar10"])
+    options.add_argument("--methods", nargs="*", default=None, help="some of the rows; nothing is recorded then")
     arguments = options.parse_args()
     if not ASSETS.is_dir():
         sys.exit(f"no trained models: {ASSETS} is absent (SECATEUR_ASSETS names another folder)")
@@ -405,7 +413,7 @@ def main() -> None:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     where = conditions()
-    run = Run(arguments.small, arguments.tune_images, Journal(arguments.work))
+    run = Run(arguments.small, arguments.tune_images, Journal(arguments.work), arguments.methods)
     networks = {}
     for name in arguments.networks:
         if name == "mobilenet":
@@ -422,10 +430,11 @@ def main() -> None:
         "Torch-Pruning: GroupMagnitudeImportance(p=1) or GroupTaylorImportance, 1 % of the channels at a time until no "
         "more than the FLOPs remain; it fails on the padded shortcuts of these networks, so it is given the same "
         "function with 1 x 1 convolutions of ones and zeros in their place",
+        f"layers_lottery leaves out whole blocks, so it may end {BLOCKS:.0%} off",
         "MobileNet v1 0.5 160: methods that need data see 100 of the 300 sample images, the other 200 are measured",
     ]
-    title = "methods for modules on real networks"
-    record(Result("cifar", title, where, goals(networks), {"networks": networks}, notes), arguments.small)
+    title, partial = "methods for modules on real networks", arguments.small or arguments.methods is not None
+    record(Result("cifar", title, where, goals(networks), {"networks": networks}, notes), partial)
 
 
 if __name__ == "__main__":
