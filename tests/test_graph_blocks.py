@@ -13,11 +13,14 @@ import secateur
 from graph_nets import net
 from secateur import SecateurError
 from secateur.api.channels import prune_module
+from secateur.evidence.batches import Example
+from secateur.evidence.losses import losses_of
 from secateur.graph.blocks import Depth
 from secateur.graph.bypass import Bypass, bypass, unsound
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import build
-from secateur.scores.parameters import grasp, snip, synflow
+from secateur.methods.blocks import BlockStudy
+from secateur.methods.layers_lottery import LayersLottery
 from secateur.scores.similarity import linear_cka
 
 
@@ -240,57 +243,39 @@ def test_nothing_to_remove_gives_an_equal_copy() -> None:
     assert torch.equal(result.model(inputs), module(inputs))
 
 
-def chain() -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Linear(7, 3, bias=False)).double()
-    return module, [(torch.randn(4, 5).double(), torch.randint(3, (4,))) for _ in range(2)]
+def test_live_norms_leave_the_module_as_it_was() -> None:
+    """Statistics of the batch decide, and those of the module stay."""
+    module, inputs = deep()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    values = {"method": "layers_lottery", "target": ["flops=75%"], "tolerance": 0.1, "data": labelled(inputs)}
+    prune_module(module, inputs, {**values, "options": {"criterion": "grasp", "norms": "batch"}})
+    assert all(torch.equal(before[key], value) for key, value in module.state_dict().items())
 
 
-def mean_loss(module: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.stack([functional.cross_entropy(module(x), y) for x, y in batches]).mean()
+def test_grasp_of_a_block_is_what_its_removal_does_to_the_gradient() -> None:
+    """To first order, shrinking a block's weights changes half the squared gradient by its score."""
+    module, inputs = deep()
+    module, inputs = module.double(), inputs.double()
+    batches = labelled(inputs)
+    depth, host = depth_of(module, inputs)
+    study = BlockStudy(
+        depth, depth.blocks, host, torch.Generator(), inputs, [Example(*each) for each in batches], losses_of(None)
+    )
+    found = LayersLottery(criterion="grasp").score(study)
+    parameters = dict(module.named_parameters())
 
-
-def test_snip_is_the_gradient_of_a_mask() -> None:
-    module, batches = chain()
-    found = snip(module, batches, functional.cross_entropy)
-    for name, value in module.named_parameters():
-        mask = torch.ones_like(value, requires_grad=True)
-        masked = {**dict(module.named_parameters()), name: value * mask}
-        loss = torch.stack(
-            [functional.cross_entropy(torch.func.functional_call(module, masked, (x,)), y) for x, y in batches]
-        ).mean()
-        assert torch.allclose(found[name], torch.autograd.grad(loss, mask)[0].abs())
-
-
-def test_grasp_is_half_the_derivative_of_the_squared_gradient() -> None:
-    """Against finite differences along each weight."""
-    module, batches = chain()
-    found = grasp(module, batches, functional.cross_entropy)
-
-    def flow() -> float:
-        slopes = torch.autograd.grad(mean_loss(module, batches), list(module.parameters()))
+    def flow(scale: float) -> float:
+        with torch.no_grad():
+            for name in depth.blocks[1].parameters:
+                parameters[name].mul_(scale)
+        loss = torch.stack([functional.cross_entropy(module(x), y) for x, y in batches]).mean()
+        slopes = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for name in depth.blocks[1].parameters:
+                parameters[name].div_(scale)
         return 0.5 * float(sum(slope.square().sum() for slope in slopes))
 
-    for name, value in module.named_parameters():
-        for index in ((0, 0), (1, 2)):
-            kept = value.detach()[index].clone()
-            ends = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    value[index] = kept * (1 + sign * 1e-5)
-                ends.append(flow())
-            with torch.no_grad():
-                value[index] = kept
-            assert float(found[name][index]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-9)
-
-
-def test_synflow_is_conserved() -> None:
-    """All layers of a chain without biases have one sum."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU(), nn.Linear(7, 3, bias=False))
-    sums = [float(score.sum()) for score in synflow(module, torch.randn(2, 5)).values()]
-    assert sums[0] == pytest.approx(sums[1], rel=1e-9)
-    assert sums[0] > 0
+    assert found[1] == pytest.approx((flow(1 + 1e-5) - flow(1 - 1e-5)) / 2e-5, rel=1e-4)
 
 
 def test_cka_sees_past_rotations_and_scales() -> None:

@@ -42,6 +42,7 @@ class ChannelStudy:
         losses: by name; one where no other was given: the cross-entropy of one output. Each takes the outputs as the
             network returns them, and the labels.
         gone: units that are silent already.
+        notes: what a method says of how it decided; part of the result.
     """
 
     graph: Graph
@@ -52,6 +53,7 @@ class ChannelStudy:
     batches: Iterable[Example] | None = None
     losses: Mapping[str, Loss] = field(default_factory=dict)
     gone: Units = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tensor(self) -> Callable[[str], Tensor]:

@@ -6,13 +6,16 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.evidence.flow import synaptic_flow
+from secateur.evidence.gradients import Slope
 from secateur.graph.ir import Value
+from secateur.graph.modules import ModuleHost
+from secateur.graph.state import shadow
 from secateur.methods.base import Data
 from secateur.methods.blocks import BlockMethod, BlockStudy
-from secateur.scores.parameters import grasp, snip, synflow
 from secateur.scores.similarity import linear_cka
 
 
@@ -56,13 +59,17 @@ class LayersLottery(BlockMethod):
         return found
 
     def _saliency(self, study: BlockStudy) -> dict[str, Tensor]:
-        module = study.module
+        """What every parameter that is left is worth."""
         if self.criterion == "l1":
-            return {name: value.detach().abs() for name, value in module.named_parameters()}
+            return {name: value.detach().abs() for name, value in study.module.named_parameters()}
+        host = ModuleHost(study.module if self.norms == "stored" else _live(study.module), study.example)
         if self.criterion == "synflow":
-            return synflow(module, study.example)
-        batches = [(each.inputs, each.labels) for each in study.data()]
-        return (snip if self.criterion == "snip" else grasp)(module, batches, study.loss, self.norms == "batch")
+            return synaptic_flow(host, study.example)
+        slope = Slope(host, study.loss)
+        mean = slope.mean(study.data())
+        if self.criterion == "snip":
+            return {name: (slope.point[name].detach() * each).abs() for name, each in mean.items()}
+        return {name: slope.point[name].detach() * each for name, each in slope.along(mean, study.data()).items()}
 
     def _changes(self, study: BlockStudy) -> list[float]:
         """How far a network without a block is from the one with it, summed over the batches."""
@@ -74,6 +81,15 @@ class LayersLottery(BlockMethod):
                 other = _seen(study, batch.inputs, features, block)
                 found[number] += 1 - linear_cka(dense, other) if features is not None else _divergence(dense, other)
         return found
+
+
+def _live(module: nn.Module) -> nn.Module:
+    """The module with batch norms that have no statistics of their own, so that they take the batch's."""
+    found = shadow(module)
+    for part in found.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+    return found
 
 
 def _seen(study: BlockStudy, inputs: object, features: Value | None, *without: object) -> Tensor:

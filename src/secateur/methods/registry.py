@@ -42,6 +42,7 @@ _OURS: Final = {
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
     "obspa": "secateur.methods.obspa:Obspa",
+    "pagcp": "secateur.methods.pagcp:Pagcp",
     "precrop": "secateur.methods.precrop:PreCrop",
     "prunenet": "secateur.methods.prunenet:PruneNet",
     "random": "secateur.methods.random:Random",
