@@ -70,11 +70,13 @@ class ModuleResult(PruneResult):
         removed: units that went, by the name of their space.
         refused: spaces that were not cut because cutting was found unsound or not allowed, with the reasons.
         parts: seconds by part: graph, verify, choose, mend, cut.
+        notes: what the method says of how it decided.
     """
 
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def graph(module: nn.Module, example_inputs: Batch) -> Graph:
@@ -124,7 +126,8 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
         result = small(found, decision.gone, decision.literals)
         clock.append(time.perf_counter())
         achieved = achieved_by(found, units, decision.latency)
-    return _result(request, method, clock, memory.peak, (result, units, refused, achieved))
+    cut = (result, units, refused, achieved)
+    return _result(request, method, clock, memory.peak, cut, decision.notes)
 
 
 def _result(
@@ -133,6 +136,7 @@ def _result(
     clock: Sequence[float],
     peak: int,
     outcome: tuple[nn.Module, Mapping[str, Sequence[int]], Mapping[str, str], Mapping[str, float]],
+    notes: Mapping[str, Any] | None = None,
 ) -> ModuleResult:
     """What is told of a prune: the module, what was removed, what was refused, what remains."""
     model, removed, refused, achieved = outcome
@@ -151,6 +155,7 @@ def _result(
         removed=removed,
         refused=refused,
         parts={part: end - start for part, (start, end) in zip(PARTS, pairwise(clock), strict=True)},
+        notes=notes or {},
     )
 
 
@@ -165,6 +170,7 @@ class Decision:
         mended: new values of what stays.
         refused: spaces that are not cut, with the reasons.
         latency: what was measured to remain of it, as a share; None where that was not asked for.
+        notes: what the method says of how it decided.
     """
 
     graph: Graph
@@ -173,6 +179,7 @@ class Decision:
     mended: Mapping[str, Tensor]
     refused: Mapping[str, str]
     latency: float | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def gone(self) -> Gone:
@@ -222,7 +229,7 @@ def decided(
     clock.append(time.perf_counter())
     mended = method.mend(study, units)
     clock.append(time.perf_counter())
-    return Decision(found, units, verdict.literals, mended, refused, pick.latency)
+    return Decision(found, units, verdict.literals, mended, refused, pick.latency, study.notes)
 
 
 def calibration(

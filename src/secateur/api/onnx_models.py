@@ -104,6 +104,7 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
         removed={} if decision is None else decision.units,
         refused={} if decision is None else decision.refused,
         parts={part: end - start for part, (start, end) in zip(PARTS, pairwise(clock), strict=True)},
+        notes={} if decision is None else decision.notes,
         unknown={} if decision is None else _unknown(decision.graph),
     )
 

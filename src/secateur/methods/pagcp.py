@@ -56,7 +56,9 @@ class Pagcp(GraphMethod):
     scale: PositiveFloat | None = Field(
         None, description="what the allowances are multiplied by: found so that the target is met, or 1 as in the paper"
     )
-    top: float = Field(1.0, gt=0, le=1, description="share of the spaces that are cut: those with the least loss per cost")
+    top: float = Field(
+        1.0, gt=0, le=1, description="share of the spaces that are cut: those with the least loss per cost"
+    )
     search: Literal["bisect", "all"] = Field(
         "bisect", description="ratios that are tried for a space: by bisection, or one after the other as in the paper"
     )
@@ -82,7 +84,9 @@ class _Search:
         self._known: dict[tuple[tuple[str, int], ...], dict[str, float]] = {}
         self.evaluations, self.scale = 0, 1.0
         self._full = self._cost({})
-        alone = {space.name: self._full - self._cost({space.name: round(_ALONE * space.size)}) for space in study.spaces}
+        alone = {
+            space.name: self._full - self._cost({space.name: round(_ALONE * space.size)}) for space in study.spaces
+        }
         self.decay = decay_of(method.start, method.limit, len(alone)) if method.decay else 1.0
         self.order = sorted(alone, key=lambda name: alone[name], reverse=self.decay <= 1)
 
@@ -121,26 +125,17 @@ class _Search:
 
     def run(self, scale: float) -> Greedy:
         """One pass over the spaces in their order."""
-        found, base = Greedy(), self._losses({})
+        found, base = Greedy(), self.losses({})
         allowance = scale * self._method.start
         for name in self.order:
             size = self._study.graph.space(name).size
             most = size - max(1, int(np.ceil(self._method.floor * size)))
             counts = sorted({min(int(ratio * size), most) for ratio in RATIOS} - {0})
-            broke: dict[int, str] = {}
-
-            def bearable(count: int, name: str = name, broke: dict[int, str] = broke) -> bool:
-                losses = self._losses({**found.counts, name: count})
-                rises = {task: losses[task] / max(base[task], 1e-12) - 1 for task in losses}
-                worst = max(rises, key=rises.__getitem__)
-                if rises[worst] > allowance:
-                    broke[count] = worst
-                return rises[worst] <= allowance
-
-            count = _most(counts, bearable, self._method.search == "bisect")
-            found.broke[name] = broke[min(broke)] if broke else ""
+            trial = _Trial(self, found.counts, name, base, allowance)
+            count = _most(counts, trial, self._method.search == "bisect")
+            found.broke[name] = trial.broke[min(trial.broke)] if trial.broke else ""
             if count:
-                before, after = self._losses(found.counts), self._losses({**found.counts, name: count})
+                before, after = self.losses(found.counts), self.losses({**found.counts, name: count})
                 saved = self._cost(found.counts) - self._cost({**found.counts, name: count})
                 rise = max(after[task] - before[task] for task in after)
                 found.counts[name], found.value[name] = count, rise / max(saved, 1)
@@ -158,13 +153,38 @@ class _Search:
         costs, gone = self._study.graph.costs, self._study.graph.gone(self._units(counts))
         return costs.params(gone) if self._target.measure == "params" else FLOPS_PER_MAC * costs.macs(gone)
 
-    def _losses(self, counts: Mapping[str, int]) -> dict[str, float]:
+    def losses(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Every task's loss without the smallest units of some spaces."""
         key = tuple(sorted(counts.items()))
         if key not in self._known:
             self.evaluations += 1
             host = self._study.silenced(self._units(counts)).host
             self._known[key] = measured(host, self._study.losses, self._study.data())
         return self._known[key]
+
+
+@dataclass
+class _Trial:
+    """Whether a space may lose some units.
+
+    Attributes:
+        broke: the task that forbade it, by the number of units.
+    """
+
+    search: _Search
+    present: Mapping[str, int]
+    name: str
+    base: Mapping[str, float]
+    allowance: float
+    broke: dict[int, str] = field(default_factory=dict)
+
+    def __call__(self, count: int) -> bool:
+        losses = self.search.losses({**self.present, self.name: count})
+        rises = {task: loss / max(self.base[task], 1e-12) - 1 for task, loss in losses.items()}
+        worst = max(rises, key=rises.__getitem__)
+        if rises[worst] > self.allowance:
+            self.broke[count] = worst
+        return rises[worst] <= self.allowance
 
 
 def decay_of(start: float, limit: float, count: int) -> float:
