@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from secateur.budgets.channels import FLOPS_PER_MAC, Units
+from secateur.budgets.nested import between
 from secateur.budgets.targets import Target
 from secateur.errors import refuse
 from secateur.evidence.losses import measured
@@ -72,7 +73,8 @@ class Pagcp(GraphMethod):
         search = _Search(self, study, target, self.score(study))
         low, high = search.bracket()
         study.notes.update(scale=search.scale, broke=dict(high.broke), evaluations=search.evaluations)
-        return choose(_ranks(study.spaces, search.order, low.counts, high.counts, search.scores), target)
+        order = {name: search.order.index(name) + search.place(name) for name in search.scores}
+        return choose(between(study.spaces, search.units(low.counts), search.units(high.counts), order), target)
 
 
 class _Search:
@@ -146,11 +148,19 @@ class _Search:
             del found.counts[name]
         return found
 
-    def _units(self, counts: Mapping[str, int]) -> Units:
+    def place(self, name: str) -> Tensor:
+        """Where every unit of a space stands in its order, from 0 to 1."""
+        size = len(self._lowest[name])
+        found = torch.empty(size, dtype=torch.float64)
+        found[self._lowest[name]] = torch.arange(size, dtype=torch.float64) / size
+        return found
+
+    def units(self, counts: Mapping[str, int]) -> Units:
+        """The smallest units of some spaces."""
         return {name: sorted(self._lowest[name][:count]) for name, count in counts.items() if count}
 
     def _cost(self, counts: Mapping[str, int]) -> int:
-        costs, gone = self._study.graph.costs, self._study.graph.gone(self._units(counts))
+        costs, gone = self._study.graph.costs, self._study.graph.gone(self.units(counts))
         return costs.params(gone) if self._target.measure == "params" else FLOPS_PER_MAC * costs.macs(gone)
 
     def losses(self, counts: Mapping[str, int]) -> dict[str, float]:
@@ -158,7 +168,7 @@ class _Search:
         key = tuple(sorted(counts.items()))
         if key not in self._known:
             self.evaluations += 1
-            host = self._study.silenced(self._units(counts)).host
+            host = self._study.silenced(self.units(counts)).host
             self._known[key] = measured(host, self._study.losses, self._study.data())
         return self._known[key]
 
@@ -229,24 +239,4 @@ def _sizes(study: ChannelStudy, space: ChannelSpace, size: str) -> Tensor:
         value = study.tensor(entry.name)
         each = value.numel() // value.shape[entry.dim] * entry.index.shape[1]
         found += slices(entry, value.abs() if size == "l1" else value.square()) / each
-    return found
-
-
-def _ranks(
-    spaces: Sequence[ChannelSpace],
-    order: Sequence[str],
-    low: Mapping[str, int],
-    high: Mapping[str, int],
-    scores: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """One order of all units: what both passes cut, what the further one cuts besides, space by space, and the rest."""
-    found = {}
-    for space in spaces:
-        place = torch.empty(space.size, dtype=torch.float64)
-        place[torch.argsort(scores[space.name], stable=True)] = torch.arange(space.size, dtype=torch.float64)
-        more = high.get(space.name, 0)
-        both = min(low.get(space.name, 0), more)
-        share = place / space.size
-        later = 1 + order.index(space.name) + share
-        found[space.name] = torch.where(place < both, share, torch.where(place < more, later, 1 + len(order) + share))
     return found

@@ -40,6 +40,7 @@ _OURS: Final = {
     "llm_pruner": "secateur.methods.llm_pruner:LlmPruner",
     "lrp_pruning": "secateur.methods.lrp_pruning:LrpPruning",
     "magnitude": "secateur.methods.magnitude:Magnitude",
+    "masksparsity": "secateur.methods.masksparsity:MaskSparsity",
     "modegpt": "secateur.methods.modegpt:MoDeGpt",
     "obspa": "secateur.methods.obspa:Obspa",
     "pagcp": "secateur.methods.pagcp:Pagcp",
