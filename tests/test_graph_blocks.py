@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import secateur
-from graph_nets import net
+from graph_nets import Deep, Layers, net
 from secateur import SecateurError
 from secateur.api.channels import prune_module
 from secateur.evidence.batches import Example
@@ -22,56 +22,6 @@ from secateur.graph.spaces import build
 from secateur.methods.blocks import BlockStudy
 from secateur.methods.layers_lottery import LayersLottery
 from secateur.scores.similarity import linear_cka
-
-
-class Basic(nn.Module):
-    """A basic block; ReLU after the addition, in place; the first of a stage is wider and strided."""
-
-    def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-        self.second, self.act = nn.Conv2d(after, after, 3, padding=1), nn.ReLU(inplace=True)
-        self.short = nn.Conv2d(before, after, 1, stride) if before != after else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second(self.norm(self.first(x)).relu())
-        y += self.short(x)
-        return self.act(y)
-
-
-class Deep(nn.Sequential):
-    """Two stages of three blocks."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 6, 3, padding=1),
-            nn.Sequential(*(Basic(6, 6) for _ in range(3))),
-            nn.Sequential(Basic(6, 8, 2), Basic(8, 8), Basic(8, 8)),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 4),
-        )
-
-
-class Layer(nn.Module):
-    """A transformer layer of submodules, one of which returns more than a tensor."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.before, self.attention = nn.LayerNorm(width), nn.MultiheadAttention(width, 2, batch_first=True)
-        self.after, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 9), nn.GELU(), nn.Linear(9, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.before(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.after(x))
-
-
-class Layers(nn.Sequential):
-    """Transformer layers behind an embedding of patches."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(5, 8), *(Layer(8) for _ in range(3)), nn.Linear(8, 4))
 
 
 def deep() -> tuple[nn.Module, Tensor]:

@@ -81,8 +81,7 @@ def prune(
     """
     asked = {"model": model, "method": method, "ratio": ratio, "target": tuple(target), "data": data, "output": output}
     if example_inputs is not None:
-        given = {key: value for key, value in asked.items() if key not in ("model", "data") and value}
-        given |= {} if data is None else {"data": data}
+        given = {key: value for key, value in asked.items() if key != "model" and value is not None and value != ()}
         return prune_module(model, example_inputs, {**given, **more}, inplace)
     if isinstance(model, str | Path) and is_onnx(model) and recipe is None:
         if place_in_environment()[1] > 1:

@@ -60,6 +60,11 @@ _OURS: Final = {
     "udfc": "secateur.methods.udfc:Udfc",
     "wanda": "secateur.methods.wanda:Wanda",
 }
+_ON_MODULES: Final = {
+    "global_mp": "secateur.methods.coupled:GlobalMpOfChannels",
+    "lamp": "secateur.methods.coupled:LampOfChannels",
+}
+"""What methods for checkpoints are on modules, where they are known for both."""
 DEFAULT_WITH_DATA: Final = "joint"
 DEFAULT_WITHOUT_DATA: Final = "prunenet"
 DEFAULT_ON_GRAPH: Final = "spa"
@@ -75,12 +80,26 @@ def checkpoint_methods() -> list[str]:
     return [name for name in method_names() if method_class(name).group != "graph"]
 
 
+def module_methods() -> list[str]:
+    """Names of the methods for modules."""
+    return [name for name in method_names() if name in _ON_MODULES or method_class(name).group == "graph"]
+
+
+def module_class(name: str) -> type[Named]:
+    """The class of a method as it is on modules, if it is there; else that of :func:`method_class`."""
+    return _loaded(_ON_MODULES[name]) if name in _ON_MODULES else method_class(name)
+
+
+def _loaded(where: str) -> type[Named]:
+    module, _, attribute = where.partition(":")
+    found: type[Named] = getattr(import_module(module), attribute)
+    return found
+
+
 def method_class(name: str) -> type[Named]:
     """The class of a method; an unknown name is refused with near matches."""
     if name in _OURS:
-        module, _, attribute = _OURS[name].partition(":")
-        found: type[Named] = getattr(import_module(module), attribute)
-        return found
+        return _loaded(_OURS[name])
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name == name:
             loaded: type[Named] = entry.load()
@@ -96,7 +115,7 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """
     from secateur.methods.base import Method
 
-    made = _make(name, options)
+    made = _make(method_class(name), name, options)
     if not isinstance(made, Method):
         refuse(
             "method-on-graphs",
@@ -116,9 +135,9 @@ def make_graph_method(name: str, options: Mapping[str, Any]) -> GraphMethod | Bl
     from secateur.methods.blocks import BlockMethod
     from secateur.methods.channels import GraphMethod
 
-    made = _make(name, options)
+    made = _make(module_class(name), name, options)
     if not isinstance(made, GraphMethod | BlockMethod):
-        known = ", ".join(each for each in method_names() if method_class(each).group == "graph")
+        known = ", ".join(module_methods())
         refuse(
             "method-on-checkpoints",
             f"method {name!r} with example_inputs",
@@ -128,8 +147,7 @@ def make_graph_method(name: str, options: Mapping[str, Any]) -> GraphMethod | Bl
     return made
 
 
-def _make(name: str, options: Mapping[str, Any]) -> Named:
-    kind = method_class(name)
+def _make(kind: type[Named], name: str, options: Mapping[str, Any]) -> Named:
     for (option, value), variant in kind.variants.items():
         if options.get(option) == value:
             kind = variant

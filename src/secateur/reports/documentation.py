@@ -15,7 +15,14 @@ from secateur.deltas.options import METHODS, DeltaMethod, Searched
 from secateur.families import LAYOUTS, Architecture, family_names
 from secateur.families.limits import verdict
 from secateur.families.loading import loads_by_kind
-from secateur.methods.registry import checkpoint_methods, describe_method, describe_options, method_names
+from secateur.methods.registry import (
+    checkpoint_methods,
+    describe_method,
+    describe_options,
+    method_class,
+    method_names,
+    module_class,
+)
 from secateur.reports.markdown import table
 from secateur.spaces import KINDS
 from secateur.training.options import Training
@@ -41,6 +48,11 @@ def options_table(name: str) -> str:
         output = f"Output: {variant['output']}, {variant['worth']}."
         tables.append(f"With `{option}`:\n\n{_options_rows(variant['options'])}\n\n{output}")
     return "\n\n".join(tables)
+
+
+def module_options_table(name: str) -> str:
+    """Options of a method for checkpoints where it prunes a module."""
+    return _options_rows(describe_options(module_class(name)))
 
 
 def compared_table(name: str, results: Path) -> str:
@@ -145,6 +157,8 @@ def sections(root: Path) -> dict[Path, dict[str, Callable[[], str]]]:
         page = root / "docs" / "methods" / f"{name}.md"
         if page.is_file():
             found[page] = {"options": partial(options_table, name)}
+            if module_class(name) is not method_class(name):
+                found[page]["modules"] = partial(module_options_table, name)
             if name in compared:
                 found[page]["compared"] = partial(compared_table, name, root / "docs" / "results")
     return found
