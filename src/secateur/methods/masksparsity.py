@@ -13,7 +13,7 @@ from secateur.budgets.nested import between
 from secateur.budgets.targets import Target
 from secateur.errors import refuse
 from secateur.graph.spaces import ChannelSpace
-from secateur.methods.channels import ChannelStudy, Choose, GraphMethod
+from secateur.methods.channels import ChannelStudy, Choose, GraphMethod, Mending
 from secateur.scores.channels import slices
 
 _TURNS = 60
@@ -33,6 +33,7 @@ class MaskSparsity(GraphMethod):
         description="what makes a norm vote against a channel: its scale is at most the level, or it is among the "
         "smallest that hold together at most that share of the squared scales",
     )
+    mending: Mending = Field("absorb", description=GraphMethod.model_fields["mending"].description)
     level: PositiveFloat | None = Field(
         None, description="found so that the target is met; the paper's are 0.01 for threshold and 0.0001 for energy"
     )
