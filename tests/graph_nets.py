@@ -272,6 +272,8 @@ class Rms(nn.Module):
         x = x + self.down(functional.silu(self.up(self.norms[0](x))))
         x = x + self.back(self.norms[3](self.mix(self.norms[1](x))))
         return self.head(self.norms[2](x)).mean(1)
+
+
 class Plain(nn.Sequential):
     """Convolutions with batch norms, one after the other."""
 

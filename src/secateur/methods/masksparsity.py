@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from secateur.budgets.channels import FLOPS_PER_MAC, Units
+from secateur.budgets.channels import Units, counted, remaining
 from secateur.budgets.nested import between
 from secateur.budgets.targets import Target
 from secateur.errors import refuse
@@ -50,12 +50,13 @@ class MaskSparsity(GraphMethod):
             chosen = {space.name: voted(self._against(scales, level)) for space, scales in members}
             return {name: found for name, found in chosen.items() if found}
 
+        counts = counted(target)
+
         def cost(gone: Units) -> int:
-            costs, lost = study.graph.costs, study.graph.gone(gone)
-            return costs.params(lost) if target.measure == "params" else FLOPS_PER_MAC * costs.macs(lost)
+            return remaining(study.graph, counts.measure, gone)
 
         full = cost({})
-        wanted = target.of(full)
+        wanted = counts.of(full)
         low, high = (
             0.0,
             max([float(scales.max()) for _, scales in members], default=1.0) if self.mask == "threshold" else 1.0,

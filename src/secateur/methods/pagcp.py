@@ -11,7 +11,8 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from secateur.budgets.channels import FLOPS_PER_MAC, Units
+from secateur.budgets.channels import Units, remaining
+from secateur.budgets.channels import counted as counted_in
 from secateur.budgets.nested import between
 from secateur.budgets.targets import Target
 from secateur.errors import refuse
@@ -70,7 +71,7 @@ class Pagcp(GraphMethod):
         return {space.name: _sizes(study, space, self.size) for space in study.spaces}
 
     def decide(self, study: ChannelStudy, target: Target, choose: Choose) -> Units:
-        search = _Search(self, study, target, self.score(study))
+        search = _Search(self, study, counted_in(target), self.score(study))
         low, high = search.bracket()
         study.notes.update(scale=search.scale, broke=dict(high.broke), evaluations=search.evaluations)
         order = {name: search.order.index(name) + search.place(name) for name in search.scores}
@@ -160,8 +161,7 @@ class _Search:
         return {name: sorted(self._lowest[name][:count]) for name, count in counts.items() if count}
 
     def _cost(self, counts: Mapping[str, int]) -> int:
-        costs, gone = self._study.graph.costs, self._study.graph.gone(self.units(counts))
-        return costs.params(gone) if self._target.measure == "params" else FLOPS_PER_MAC * costs.macs(gone)
+        return remaining(self._study.graph, self._target.measure, self.units(counts))
 
     def losses(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Every task's loss without the smallest units of some spaces."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.budgets.channels import FLOPS_PER_MAC, Units
+from secateur.budgets.channels import Units, counted, remaining
 from secateur.budgets.targets import Target
 from secateur.budgets.widths import Widths, allocate
 from secateur.methods.channels import ChannelStudy, Choose, GraphMethod
@@ -38,10 +38,12 @@ class PreCrop(GraphMethod):
 
     def decide(self, study: ChannelStudy, target: Target, choose: Choose) -> Units:
         widths, sizes = Widths(study.graph, study.spaces), np.array([space.size for space in study.spaces])
-        cost = widths.cost(target.measure)
-        present = cost(np.zeros(len(sizes))) * (1 if target.measure == "params" else FLOPS_PER_MAC)
+        counts = counted(target)
+        present = remaining(study.graph, counts.measure, {})
+        cost = widths.cost("params" if counts.measure in ("params", "bytes") else "macs")
         least = np.maximum(np.ceil(self.floor * sizes), 1) / sizes
-        shares = allocate(widths.worth(), cost, target.of(present) / present * cost(np.zeros(len(sizes))), least)
+        budget = counts.of(present) / present * cost(np.zeros(len(sizes)))
+        shares = allocate(widths.worth(), cost, budget, least)
         return choose(self._scores(study, shares), target)
 
     def _scores(self, study: ChannelStudy, shares: np.ndarray) -> dict[str, Tensor]:
