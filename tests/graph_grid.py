@@ -56,6 +56,7 @@ METHODS: dict[str, Row] = {
         ({"keep": 0},), tuple({"criterion": c, "keep": 0} for c in ("snip", "synflow", "l1", "cka", "kl")), _NO_BLOCKS
     ),
     "pagcp": Row(more=({"search": "all"}, {"decay": False, "top": 0.5})),
+    "lrp_pruning": Row(refused=dict.fromkeys(("grouped", "unet"), "no-relevance")),
     "masksparsity": Row(({},), ({"mask": "energy"},), _NO_NORMS),
 }
 
