@@ -24,6 +24,8 @@ from secateur.methods.base import Method
 
 INTERPRETER: Final = 300 * 2**20
 """Anonymous memory of Python with torch and transformers."""
+START: Final = 6.0
+"""Seconds to open a model, to build its stock class on no memory, and to report."""
 _BLOCK: Final = 2**24  # bytes read, written or hashed at a time
 _LARGE: Final = 2**26
 _NOMINAL: Final = 1e9  # bytes a second, where there are too few to matter
@@ -39,6 +41,7 @@ class Rates:
         hash: bytes of a SHA-256.
         multiply: FLOPs of a float32 product.
         square: elements squared and summed in float64, as scores do.
+        load: elements made float32 in memory that is new.
     """
 
     read: float
@@ -46,6 +49,7 @@ class Rates:
     hash: float
     multiply: float
     square: float
+    load: float
 
     @classmethod
     def of(cls, file: Path, folder: Path) -> Rates:
@@ -55,15 +59,15 @@ class Rates:
             file: the largest file of a model.
             folder: where output will be written; an unnamed file is written there for a moment.
         """
-        hashing, multiply, squares = _processor()
+        hashing, multiply, squares, loading = _processor()
         large = file.stat().st_size >= _LARGE
         reading, writing = (_reading(file), _writing(folder)) if large else (_NOMINAL, _NOMINAL)
-        return cls(reading, 1 / (1 / writing + 1 / hashing), hashing, multiply, squares)
+        return cls(reading, 1 / (1 / writing + 1 / hashing), hashing, multiply, squares, loading)
 
 
 @cache
-def _processor() -> tuple[float, float, float]:
-    """Rates of SHA-256, of products, and of squares."""
+def _processor() -> tuple[float, float, float, float]:
+    """Rates of SHA-256, of products, of squares, and of new memory."""
     block, matrix = bytes(_BLOCK), torch.ones(768, 768)
     values = torch.ones(2**22, dtype=torch.bfloat16)
 
@@ -72,7 +76,9 @@ def _processor() -> tuple[float, float, float]:
             chunk.float().square().sum(dtype=torch.float64)
 
     hashing = _rate(lambda: hashlib.sha256(block), _BLOCK)
-    return hashing, _rate(lambda: matrix @ matrix, 2 * 768**3), _rate(square, values.numel())
+    multiply = _rate(lambda: matrix @ matrix, 2 * 768**3)
+    large = values.repeat(8)  # beyond what the heap keeps for the next one
+    return hashing, multiply, _rate(square, values.numel()), _rate(large.float, large.numel())
 
 
 def _writing(folder: Path) -> float:
@@ -233,14 +239,16 @@ class Foresight:
             tensors = [t for t in self._checkpoint.architecture.tensors.values() if t.role in roles]
             shapes = self._checkpoint.architecture.shapes
             scored = float(sum(torch.Size(shapes[t.name]).numel() for t in tensors))
-        total = 1.0 + scored * (width / rates.read + 1 / rates.square)
-        total += source / rates.read + out / rates.write  # the cut
-        total += out / rates.read + out / rates.hash  # the check
+        left = self._left * self._block
+        total = START + scored * (width / rates.read + 1 / rates.square)
+        total += source / rates.read + out / rates.write + self._left * sum(self._blocks) / rates.load  # the cut
+        total += out / rates.read + out / rates.hash + (self._stem + 6 * left) / rates.load  # the check, of two blocks
         turned = self._after.residual != self._before.residual
         if turned:
             total += 2 * self._after.residual * (sum(self._blocks) + self._stem) / rates.multiply
         if self._method.data != "none":
             total += self._forward() / rates.multiply + source / rates.read
+            total += (self._stem + sum(self._blocks)) / rates.load
         return total
 
     def _forward(self) -> float:
