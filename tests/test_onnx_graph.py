@@ -135,6 +135,8 @@ def test_graph_of_the_file_is_that_of_the_module(name: str, new: bool, tmp_path:
     """Both doors give the same spaces and multiplications, and the file's cuts are right where the module's are."""
     if name == "recurrent" and new:
         pytest.skip("torch cannot export recurrent layers with an open batch this way")
+    if name == "rms" and not new:
+        pytest.skip("torch's older exporter does not know this norm")
     module, inputs = graph_nets.net(name)
     path = export(module, inputs, tmp_path / "net.onnx", new)
     host = OnnxHost.of(read_onnx(path), given={"x": inputs.numpy()})
@@ -147,7 +149,10 @@ def test_graph_of_the_file_is_that_of_the_module(name: str, new: bool, tmp_path:
     if name != "unet":  # its group norm is an instance norm of the file, whose groups are not numbers of its own
         mine, theirs = sorted(s.size for s in graph.spaces), sorted(s.size for s in other.spaces)
         assert [size for size in mine if size > 2] == [size for size in theirs if size > 2]
-    assert len(ours) >= len(other.spaces) - {"unet": 2}.get(name, 1)
+    # the older exporter computes the scale of attention from sizes that the file holds: its heads stay; and so does
+    # what a norm written out in single operators takes its statistic over
+    refused = 2 if name in ("unet", "rms") or (name in ("literal", "transformer") and not new) else 1
+    assert len(ours) >= len(other.spaces) - refused
     for each in verdict.sound:
         space = graph.space(each)
         for unit in (0, space.size - 1):
