@@ -12,7 +12,9 @@ import models
 from conftest import Checkpoints
 from secateur.api.channels import graph
 from secateur.checkpoints import Checkpoint, Folder
+from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import ChannelSpace
+from secateur.graph.verify import verify
 from secateur.spaces import BlockView, Kind, all_spaces
 
 
@@ -63,6 +65,25 @@ def test_graph_and_family_file_agree(family: str, kind: Kind, checkpoint: Checkp
     for name, units in wanted.items():
         matches = [found for found in by_graph if _equal(found, units)]
         assert len(matches) == 1, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_a_family_file_cuts_is_cut_soundly_as_a_module(family: str, checkpoint: Checkpoints) -> None:
+    """Residual width, neurons and key/value heads: masked equals cut, norms that the code writes out included.
+
+    Heads of gpt2 are refused: its code splits by a number that is the width of the stream as well.
+    """
+    folder = checkpoint(family)
+    model = models.load(folder)
+    inputs = {"input_ids": models.token_ids(1, 7), "use_cache": False}
+    found = graph(model, inputs)
+    verdict = verify(ModuleHost(model, inputs).bench(found))
+    by_graph = {space.name: marked_by_graph(model, space) for space in found.spaces}
+    kinds: tuple[Kind, ...] = ("residual", "ffn", "kv")
+    for kind in kinds:
+        for name, units in marked_by_family(folder, kind).items():
+            (own,) = [space for space, marks in by_graph.items() if _equal(marks, units)]
+            assert (own in verdict.sound) == (len(units) > 1 and (family, kind) != ("gpt2", "kv")), (name, own)
 
 
 def _equal(found: list[dict[str, Tensor]], wanted: list[dict[str, Tensor]]) -> bool:
