@@ -24,6 +24,7 @@ from secateur.methods.rescored import Rescored
 from secateur.scores.obs import Share, elimination_scores
 
 _NOISY = 64  # inputs of noise that are run at a time
+_ON_DATA, _ON_NOISE = 1e-2, 10.0  # ridges; that for noise was chosen on training images (ResNet-20 and 56, CIFAR-10)
 
 
 class Obspa(Rescored):
@@ -34,7 +35,11 @@ class Obspa(Rescored):
     paper = "arXiv:2403.18955"
 
     samples: int = Field(512, ge=1, description="inputs to calibrate on, of the data or else of noise")
-    damping: PositiveFloat = Field(1e-2, description="ridge over the mean of the Gram's diagonal, raised if need be")
+    damping: PositiveFloat | None = Field(
+        None,
+        description="ridge over the mean of the Gram's diagonal, raised if need be; if not given 0.01 with data and 10 "
+        "on noise, which is believed less",
+    )
     per: Literal["unit", "saving"] = Field(
         "saving", description="whether what a unit costs is compared as it is, or by what it saves of the target"
     )
@@ -70,7 +75,7 @@ class Obspa(Rescored):
                 for positions in (at for own, at in found if own.step is reader.step):
                     columns = torch.stack([reader.columns(unit) for unit in positions])
                     shares[name] += [
-                        Share.of(rows, gram, columns, self.damping, worth)
+                        Share.of(rows, gram, columns, self._ridge(study), worth)
                         for rows, gram in zip(matrix, products, strict=True)
                     ]
                 if found and found[-1][0].step is reader.step:  # no other reader of this space comes
@@ -106,12 +111,15 @@ class Obspa(Rescored):
             study.host,
             study.graph,
             study.graph.gone(units),
-            self.damping,
+            self._ridge(study),
             everywhere=self.refit == "all",
             shifts=real,
             norms=self.norms if real else "keep",
         )
         return mender.mend(self._batches(study))
+
+    def _ridge(self, study: ChannelStudy) -> float:
+        return self.damping or (_ON_DATA if study.batches is not None else _ON_NOISE)
 
     def _batches(self, study: ChannelStudy) -> list[Batch]:
         if study.batches is not None:
