@@ -256,6 +256,22 @@ def test_bfloat16_models_are_rounded_once(checkpoint: Checkpoints, tmp_path: Pat
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
+def test_what_overflows_is_not_written(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """A kept entry is divided by the share that is kept, and then float16 cannot hold it."""
+
+    def loud(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e4)
+        return tensors
+
+    base = checkpoint("llama", torch.float16)
+    tuned = fine_tune(base, tmp_path / "tuned", edit=loud)
+    secateur.delta_pack(base, tuned, tmp_path / "d", method="dare", ratio=0.9)
+    with pytest.raises(RequestError, match="up_proj") as caught:
+        secateur.delta_apply(base, tmp_path / "d", tmp_path / "out")
+    assert caught.value.code == "not-finite"
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_base_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     tuned = fine_tune(checkpoint(), tmp_path / "tuned")
     secateur.delta_pack(checkpoint(), tuned, tmp_path / "d")

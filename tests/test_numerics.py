@@ -27,6 +27,8 @@ SHORT = [
     ("sparsegpt", "outliers a million times as large"),
     ("fasp", "outliers of 1e30"),
     ("llm_pruner", "one window of one token"),
+    ("fasp", "one window of one token"),
+    ("shortgpt", "one window of one token"),
     ("wanda", "one window of two tokens"),
     ("flap", "always the same token"),
     ("fasp", "computed in float16, overflowing"),

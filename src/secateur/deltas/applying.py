@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.archives.delta_file import DeltaFile, DeltaHeader, Sparse
 from secateur.archives.sparse import Code, random_indices, unpack_indices
-from secateur.checkpoints import Checkpoint, Folder, TensorWriter
+from secateur.checkpoints import Checkpoint, Folder, TensorWriter, require_finite
 from secateur.checkpoints.checkpoint import EMBEDDING
 from secateur.checkpoints.folder import DTYPES, RECORD, TensorHeader, read_json
 from secateur.deltas.packing import LOOSE, digest_of, like_base, loose_of
@@ -111,7 +111,9 @@ class _Applier:
             self._require(place_name(place), base)
             tensors = self._place(place, base)
             for packed in self.target.packed[place]:
-                self._write(packed.name, packed.pack(tensors))
+                whole = packed.pack(tensors)
+                require_finite(packed.name, whole, "what the delta gives does not fit the data type of the weights")
+                self._write(packed.name, whole)
             if place is None and self.target.repeated_head is not None:
                 self._write(self.target.repeated_head, tensors[EMBEDDING])
             told.step(done)

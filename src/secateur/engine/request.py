@@ -45,6 +45,7 @@ class PruneRequest(Request):
     ratio: float | None = None
     target: tuple[str, ...] = ()
     samples: int = Field(128, ge=1)
+    length: int | None = Field(None, ge=1)
     layout: Layout = "native"
     quantum: int | None = Field(None, ge=1)
     tolerance: float | None = Field(None, ge=0)

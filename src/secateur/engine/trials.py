@@ -40,6 +40,9 @@ class CalibrationTrials:
         folder: where large signals are kept.
         journal: losses are recorded, so that an interrupted run does not compute them again.
         processes: those that share the windows.
+
+    Raises:
+        RequestError: nothing is predicted in the windows.
     """
 
     def __init__(
@@ -55,6 +58,9 @@ class CalibrationTrials:
         self._checkpoint, self._journal = checkpoint, journal
         self._objective = objective_of(checkpoint, data)
         self._predicted = self._objective.count(data.ids)
+        if not self._predicted:
+            found = f"windows of {data.ids.shape[1]} token, in which there is no next one to predict"
+            refuse("short-text", "the loss on the calibration text", found, "a larger --length")
         self._runner = BlockRunner(checkpoint.architecture, dtype, device, checkpoint.rest())
         self._network = Network(self._runner, data.ids, self._objective, folder, processes)
         self._resident = checkpoint.params * dtype.itemsize <= _RESIDENT

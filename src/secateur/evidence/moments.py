@@ -119,7 +119,7 @@ class Influence:
     """How much a block changes what runs through it: block influence and its relatives, means over tokens.
 
     The cosine is taken token by token, never of the first token of a window, which carries massive activations
-    (ShortGPT, arXiv:2403.03853, eq. 1).
+    (ShortGPT, arXiv:2403.03853, eq. 1), unless there is no other.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,8 @@ class Influence:
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Add the signals [windows, tokens, width] in front of and behind a block."""
-        one, other = (signal[:, 1:].double().flatten(0, 1) for signal in (before, after))
+        first = int(before.shape[1] > 1)
+        one, other = (signal[:, first:].double().flatten(0, 1) for signal in (before, after))
         norm = one.norm(dim=1).clamp(min=1e-30)
         cosine = ((one * other).sum(1) / (norm * other.norm(dim=1).clamp(min=1e-30))).clamp(-1, 1)
         angle, change = torch.arccos(cosine) / torch.pi, (other - one).norm(dim=1) / norm
