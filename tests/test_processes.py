@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,6 +131,26 @@ def test_torchrun_prints_one_object(checkpoint: Checkpoints, notes: Path, tmp_pa
     done = subprocess.run([*common, "methods", "fasp", "--json"], capture_output=True, text=True, timeout=300)
     assert "fasp" in json.dumps(json.loads(done.stdout))
     assert "only prune is shared" in done.stderr
+
+
+@pytest.mark.skipif(not os.environ.get("SECATEUR_FULL"), reason="two agents start slowly; SECATEUR_FULL tries them")
+def test_two_agents_of_torchrun_write_the_bytes_of_one_process(
+    checkpoint: Checkpoints, notes: Path, tmp_path: Path
+) -> None:
+    """As on two hosts: each agent starts one process, and they meet at one address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
+    words = ["-m", "secateur", "prune", str(checkpoint()), "--method", "fasp", "--ratio", "0.2", "--json"]
+    words += ["--data", str(notes), "--samples", "8", "--length", "16", "-o"]
+    agent = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    command = [sys.executable, *agent, *words, str(tmp_path / "two")]
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in agents]
+    assert [process.returncode for process in agents] == [0, 0]
+    assert sum(bool(text.strip()) for text in said) == 1
+    assert subprocess.run([sys.executable, *words, str(tmp_path / "one")], capture_output=True).returncode == 0
+    assert _same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 2), (15, 2)])
