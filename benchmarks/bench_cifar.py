@@ -30,7 +30,7 @@ import secateur
 from common import HERE, Goal, Result, conditions, parser, record
 from secateur.errors import SecateurError
 from secateur.methods.blocks import BlockMethod
-from secateur.methods.registry import make_graph_method, method_class, method_names
+from secateur.methods.registry import make_graph_method, module_methods
 
 ASSETS = Path(os.environ.get("SECATEUR_ASSETS", HERE.parents[1] / "shared" / "assets"))
 LEFT = (0.7, 0.5)
@@ -239,11 +239,6 @@ def peer(task: Task, label: str, left: float) -> tuple[nn.Module, dict[str, Any]
     return model, {"version": torch_pruning.__version__, "data": "labels" if taylor else "none"}
 
 
-def graph_methods() -> list[str]:
-    """Methods of the registry that prune modules."""
-    return [name for name in method_names() if method_class(name).group == "graph"]
-
-
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +287,7 @@ class Run:
         self.tune = 2 * BATCH if small else tune
         self.train = cifar("train_20k.npz", self.tune if small else None)
         self.test = cifar("test_5k.npz", 256 if small else None)
-        self.labels = [*VARIANTS, *graph_methods()] if not small else ["spa", "random"]
+        self.labels = [*VARIANTS, *module_methods()] if not small else ["spa", "random"]
         if importlib.util.find_spec("torch_pruning") is None:
             print("torch-pruning is not installed: nothing beside", file=sys.stderr)
         else:
