@@ -187,3 +187,15 @@ def test_language_models_are_not_measured_in_activation(checkpoint: Checkpoints,
     with pytest.raises(SecateurError, match="not measured in it") as failure:
         secateur.prune(checkpoint("llama"), output=tmp_path / "small", method="magnitude", target=["activation=50%"])
     assert failure.value.code == "bad-target"
+
+
+def test_a_target_out_of_reach_says_what_is_in_the_way() -> None:
+    module = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 3), nn.LayerNorm(3)
+    )
+    with pytest.raises(SecateurError, match="operators without a rule: _weight_norm") as caught:
+        secateur.prune(module, ratio=0.5, example_inputs=torch.randn(2, 6))
+    assert caught.value.code == "target-out-of-reach"
+    module = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(SecateurError, match="1 of the spaces left alone because a statistic over it would change"):
+        secateur.prune(module, ratio=0.5, example_inputs=torch.randn(2, 6))

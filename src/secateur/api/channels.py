@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,20 +20,21 @@ from secateur.budgets import Target, parse_target, ratio_target
 from secateur.budgets.channels import Units, choose, remaining
 from secateur.budgets.targets import OF_NETWORKS
 from secateur.budgets.timed import Timed
-from secateur.errors import InternalError, refuse, validated
+from secateur.errors import InternalError, RequestError, refuse, validated
 from secateur.evidence.batches import Batches
 from secateur.evidence.losses import losses_of
 from secateur.graph.host import Batch, Host, Literal
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import ChannelSpace, Gone, Graph, build
 from secateur.graph.tape import record
-from secateur.graph.verify import Verdict, faults, verify
+from secateur.graph.verify import SINGLE, Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
 from secateur.methods.blocks import BlockMethod
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
 
 PARTS = ("graph", "verify", "choose", "mend", "cut")
+_REASONS = 3  # that an error gives, the commonest ones
 
 
 class ModuleRequest(BaseModel):
@@ -217,7 +219,10 @@ def decided(
         request.tolerance,
     )
     while True:
-        units = method.decide(study, request.wanted, pick)
+        try:
+            units = method.decide(study, request.wanted, pick)
+        except RequestError as error:
+            raise _with_reasons(error, found, refused) from error
         reason, _ = bench.compare(found.gone(units), verdict.literals)
         if not reason:
             break
@@ -242,6 +247,17 @@ def calibration(
         wanted = "data=[batch, ...]" if method.data == "inputs" else "data=[(inputs, labels), ...]"
         refuse("no-data", f"method {method.name}", "it needs data, and none was given", wanted)
     return Batches(request.data, example, method.data == "labels", device)
+
+
+def _with_reasons(error: RequestError, found: Graph, refused: Mapping[str, str]) -> RequestError:
+    """A target that is out of reach, with what keeps channels from being cut."""
+    reasons = Counter(reason for reason in refused.values() if reason != SINGLE).most_common(_REASONS)
+    told = [f"{count} of the spaces left alone because {reason}" for reason, count in reasons]
+    if found.unknown:
+        told.append(f"operators without a rule: {', '.join(sorted(found.unknown)[:_REASONS])}")
+    if error.code != "target-out-of-reach" or not told:
+        return error
+    return RequestError(error.code, error.asked, f"{error.found} ({'; '.join(told)})", error.hint)
 
 
 def _choose(

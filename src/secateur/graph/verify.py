@@ -19,6 +19,8 @@ from secateur.graph.spaces import ChannelSpace
 TOLERANCE: Final = 1e-8
 _MADE_GOOD: Final = ("layer_norm", "group_norm", "rms_norm")
 """Statistics that the silenced network takes over what stays."""
+SINGLE: Final = "a single unit"
+"""Why a space of one is left alone."""
 _TURNS: Final = 12
 """Guesses about attributes, for spaces alike."""
 
@@ -50,7 +52,7 @@ def verify(bench: Bench, seed: int = 0) -> Verdict:
                 f" and {len(bad) - 1} more" if bad[1:] else ""
             )
         elif space.size < 2:
-            refused[space.name] = "a single unit"
+            refused[space.name] = SINGLE
         else:
             rest.append(space)
     trial = _Trial(bench, np.random.default_rng(seed))
