@@ -31,8 +31,10 @@ from common import HERE, Goal, Result, conditions, parser, record
 from secateur.errors import SecateurError
 from secateur.methods.blocks import BlockMethod
 from secateur.methods.registry import make_graph_method, module_methods
+from secateur.reports.documentation import regenerate
 
 ASSETS = Path(os.environ.get("SECATEUR_ASSETS", HERE.parents[1] / "shared" / "assets"))
+PAGE = HERE.parent / "docs" / "cifar.md"
 LEFT = (0.7, 0.5)
 """Shares of the FLOPs that remain."""
 SEEDS = (0, 1, 2)
@@ -385,10 +387,12 @@ def goals(networks: dict[str, dict[str, Any]]) -> list[Goal]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Accuracies of one network as Markdown: a line for every method, a column for every size."""
+    """Accuracies of one network as Markdown: a line for every method, a column for every size; the best first."""
     columns = list(dict.fromkeys(" ".join(key.split()[: 3 if "as cut" in key else 2]) for key in rows if "%" in key))
     labels = list(dict.fromkeys(key.removeprefix(c).strip() for c in columns for key in rows if key.startswith(c)))
+    labels.sort(key=lambda label: -rows.get(f"{columns[0]} {label}", {}).get("accuracy", 0))
     lines = ["| method | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines.append("| the whole network |" + f" {rows['dense']:.1%} |" * len(columns))
     for label in labels:
         cells = []
         for column in columns:
@@ -435,6 +439,11 @@ def main() -> None:
     ]
     title, partial = "methods for modules on real networks", arguments.small or arguments.methods is not None
     record(Result("cifar", title, where, goals(networks), {"networks": networks}, notes), partial)
+    if not partial:
+        text = PAGE.read_text(encoding="utf-8")
+        tables = "\n\n".join(f"## {name}\n\n{table(rows)}" for name, rows in networks.items())
+        told = "\n".join(f"* {note}" for note in notes)
+        PAGE.write_text(regenerate(text, {"cifar": lambda: f"{tables}\n\n## Conditions\n\n{told}"}), encoding="utf-8")
 
 
 if __name__ == "__main__":

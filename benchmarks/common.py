@@ -23,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
+_READABLE = 8000  # characters of figures that are worth repeating
 _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 MIB, GIB = 2**20, 2**30
 
@@ -406,7 +407,10 @@ def write_readme() -> None:
     for result in results:
         lines += ["", f"### {result['name']}: {result['title']}", ""]
         lines += [f"- {note}" for note in result["notes"]]
-        lines.append(f"- figures: {_flat(result['figures'])}")
+        figures = _flat(result["figures"])
+        if len(figures) > _READABLE:
+            figures = f"results/{result['name']}.json"
+        lines.append(f"- figures: {figures}")
         lines.append(f"- conditions: {_flat(result['conditions'])}")
     before, _, rest = README.read_text(encoding="utf-8").partition(_BEGIN)
     _, _, after = rest.partition(_END)
