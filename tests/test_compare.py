@@ -456,6 +456,18 @@ def test_cells_that_fail_do_not_end_the_run(
     assert json.loads(printed)["counts"] == {"done": 4, "unreachable": 0, "failed": 1}
 
 
+@pytest.mark.usefixtures("inline")
+def test_what_a_model_does_not_have_is_a_line_that_was_not_reached(
+    checkpoint: Checkpoints, held_out: Path, tmp_path: Path
+) -> None:
+    """Experts of a dense model; the others go on."""
+    shown = secateur.compare(
+        checkpoint(), methods=["stun"], ratio=[0.1], text=held_out, output=tmp_path / "table", layout="native"
+    )
+    states = {cell["method"]: cell["state"] for cell in shown["cells"]}
+    assert states["stun"] != "done" == states["random"]
+
+
 def test_a_killed_run_goes_on_where_it_was(
     checkpoint: Checkpoints, notes: Path, held_out: Path, tmp_path: Path, inline: list[str],
     capsys: pytest.CaptureFixture[str],
