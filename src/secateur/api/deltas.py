@@ -86,7 +86,8 @@ def delta_pack(
             request.trust_remote_code,
         )
         ids = windows.ids
-    with passing_workplace(path, request.force) as work:
+    sources = [origin.folder, fine.checkpoint.folder]
+    with passing_workplace(path, request.force, sources) as work:
         signals = {}
         if ids is not None and (chosen.asks_signals or chosen.rescale == "analytic"):
             signals = dict(gather(fine, ids, dtype, device, work, told))
@@ -96,6 +97,8 @@ def delta_pack(
         account, header = write_delta(pruner, rescale, request.seed, new, work, told)
         DeltaFile(new)
         size = new.stat().st_size
+        for source in sources:
+            source.require_unchanged()
         appear(new, path, told)
     return {
         "output": str(path),
@@ -142,10 +145,11 @@ def delta_apply(
     origin = open_checkpoint(Path(locate(str(base))))
     if path.resolve() == origin.folder.path.resolve():
         refuse("output-is-input", f"output {str(output)!r}", "it is the base's own folder", "name another folder")
-    with passing_workplace(path, force) as work:
+    with passing_workplace(path, force, [origin.folder]) as work:
         folder = work / "out"
         digests = apply_delta(origin, source, folder, told)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        origin.folder.require_unchanged()
         publish(folder, path, told)
     return {
         "output": str(path),

@@ -73,7 +73,7 @@ def export(
     if (check or runtime == "onnxruntime") and not fits(checkpoint, torch.float32):
         hint = "--no-check writes GGUF block by block" if runtime == "llama.cpp" else "use a machine with more memory"
         refuse("too-large", f"export of {str(model)!r}", "the whole model in float32 does not fit in memory", hint)
-    with passing_workplace(path, force) as work:
+    with passing_workplace(path, force, [checkpoint.folder]) as work:
         told.start("export", _STEP[check])
         new = work / path.name
         if runtime == "llama.cpp":
@@ -81,6 +81,7 @@ def export(
         else:
             found, outcome = _onnx(checkpoint, new, dtype, check, told)
         size = sum(file.stat().st_size for file in work.glob(f"{path.name}*"))
+        checkpoint.folder.require_unchanged()
         _publish(new, path, told)
     state = f"verified({outcome['version']})" if outcome else _unchecked(checkpoint, runtime)
     return {

@@ -15,7 +15,7 @@ from typing import Any, Final
 from safetensors import SafetensorError
 from torch import nn
 
-from secateur.checkpoints import Checkpoint
+from secateur.checkpoints import Checkpoint, Folder
 from secateur.engine.journal import JOURNAL, LOCK, locked, work_folder
 from secateur.engine.request import Request
 from secateur.errors import InternalError, RequestError, refuse
@@ -86,14 +86,19 @@ def require_text(request: Request) -> None:
 
 
 @contextmanager
-def faults_told(output: Path) -> Iterator[None]:
+def faults_told(output: Path, sources: Sequence[Folder]) -> Iterator[None]:
     """What the machine refuses while an output is made, said as every other failure is.
 
+    Args:
+        sources: what it is made from; whatever fails once somebody has written to one of them is blamed on that.
+
     Raises:
+        RequestError: a source changed.
         InternalError: no space, or no permission, where the output is made.
     """
     try:
-        yield
+        with _blamed(sources):
+            yield
     except (OSError, SafetensorError) as error:
         said = str(error)
         number = error.errno if isinstance(error, OSError) else _number_in(said)
@@ -104,6 +109,18 @@ def faults_told(output: Path) -> Iterator[None]:
         raise InternalError(_MACHINE[number], f"writing {str(output)!r}", found, _AGAIN) from error
 
 
+@contextmanager
+def _blamed(sources: Sequence[Folder]) -> Iterator[None]:
+    try:
+        yield
+    except RequestError:
+        raise
+    except Exception:
+        for source in sources:
+            source.require_unchanged()
+        raise
+
+
 def _number_in(said: str) -> int:
     """The number of the system's error that safetensors only tells of in words; 0 where there is none."""
     found = re.search(r"os error (\d+)", said)
@@ -111,10 +128,13 @@ def _number_in(said: str) -> int:
 
 
 @contextmanager
-def passing_workplace(output: Path, force: bool) -> Iterator[Path]:
+def passing_workplace(output: Path, force: bool, sources: Sequence[Folder] = ()) -> Iterator[Path]:
     """A work folder beside an output that is made in one go: gone at the end, however it ends.
 
     What a killed process left there goes first; an interrupted run is not touched.
+
+    Args:
+        sources: see :func:`faults_told`.
     """
     work = work_folder(output)
     with locked(work):
@@ -125,7 +145,7 @@ def passing_workplace(output: Path, force: bool) -> Iterator[Path]:
         try:
             for left in set(work.iterdir()) - {work / LOCK}:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            with faults_told(output):
+            with faults_told(output, sources):
                 yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -157,7 +177,7 @@ def workplace(output: Path, inputs: Sequence[Checkpoint], free: bool) -> Iterato
         try:
             if not free:
                 require_free(output, force=False)  # again: another process may have made it meanwhile
-            with faults_told(output):
+            with faults_told(output, [checkpoint.folder for checkpoint in inputs]):
                 yield place
         except RequestError:
             if fresh and not place.precious:  # while the lock is held: the folder is nobody else's

@@ -91,7 +91,7 @@ def pack(
     if wanted == "square" and not free.shortcuts:
         found = "one basis serves all of its norms, so that there is no shortcut"
         refuse("bad-form", f"packing {str(model)!r} in the square form", found, "--form triangular")
-    with passing_workplace(path, force) as work:
+    with passing_workplace(path, force, [checkpoint.folder]) as work:
         told.start("pack", len(content.groups(wanted)))
         first, files, clear = _companions(checkpoint.folder)
         stack, written, saved = write(content, tensors, wanted, first, told.step)

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -177,10 +178,10 @@ def _require_memory(job: Recovery) -> None:
 
 def _train(job: Recovery, work: Path, journal: Journal, progress: Progress) -> tuple[nn.Module, Outcome]:
     """Load, train, merge; an interrupted run goes on where it stood."""
-    model: Any = load_stock(job.checkpoint, job.weights, job.device)
+    model: Any = _owned(load_stock(job.checkpoint, job.weights, job.device))
     teacher = None
     if job.teacher is not None:
-        teacher = load_stock(job.teacher, job.compute, job.device).requires_grad_(False)
+        teacher = _owned(load_stock(job.teacher, job.compute, job.device)).requires_grad_(False)
     objective = Objective(job.options, teacher).to(job.device)
     objective.fit_maps(model, job.train[: job.options.batch].to(job.device))
     architecture, options = job.checkpoint.architecture, job.options
@@ -194,6 +195,13 @@ def _train(job: Recovery, work: Path, journal: Journal, progress: Progress) -> t
         job.compute,
     ).run()  # fmt: skip
     return (merged(model) if job.request.method == "lora" else model), outcome
+
+
+def _owned(model: nn.Module) -> nn.Module:
+    """The model in memory of its own: a file that is cut short while it is mapped would end the training."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _told(job: Recovery, outcome: Outcome) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def pack_sparse(model: str | Path, output: Path, force: bool, progress: Progress
     """Write a folder with packed weight files; see :func:`secateur.pack`."""
     started = time.perf_counter()
     source = _free(Folder(Path(locate(str(model)))), output, force)
-    with passing_workplace(output, force) as work:
+    with passing_workplace(output, force, [source]) as work:
         accounts = pack_folder(source, work / "out", progress)
         mark_packed(work / "out", accounts)
         source.require_unchanged()
@@ -47,7 +47,7 @@ def unpack_sparse(folder: Path, output: Path, force: bool, progress: Progress) -
     if source.dense_bytes > free:
         found = f"its tensors have {source.dense_bytes:,} bytes, {free:,} are free there"
         refuse("no-space", f"unpacking {str(folder)!r}", found, "free some space, or choose another disk")
-    with passing_workplace(output, force) as work:
+    with passing_workplace(output, force, [source]) as work:
         unpack_folder(source, work / "out", progress)
         size = Folder(work / "out").bytes
         source.require_unchanged()

@@ -61,6 +61,7 @@ class Workers:
 
         Raises:
             SecateurError: what it raised; other exceptions and deaths as an :class:`InternalError`.
+        OSError: its answer could not be written.
         """
         answer, log = self._folder / "answer.json", self._folder / "log.txt"
         answer.unlink(missing_ok=True)
@@ -69,6 +70,8 @@ class Workers:
         if status != 0 or not answer.is_file():
             said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
             words = " | ".join(line.strip() for line in said[-_LAST_LINES:])
+            if status is not None and status > 1:
+                raise OSError(status, os.strerror(status), str(answer))
             raise InternalError("worker-died", "the worker process", _fate(status) + (f": {words}" if words else ""))
         content = json.loads(answer.read_text(encoding="utf-8"))
         if "error" in content:
@@ -166,6 +169,8 @@ def _work(module: Any, order: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         status = 0
+    except OSError as error:  # nothing can be written any more, so the number is all that can be told
+        status = error.errno or 1
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
