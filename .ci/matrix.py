@@ -64,7 +64,7 @@ def oldest(requirement: str) -> str:
 def environment(python: str, which: str, arguments: argparse.Namespace) -> Path | str:
     """A virtual environment with the project, or why there is none."""
     folder = arguments.work / f"{python}-{which}"
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
     if not (folder / "ready").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([shutil.which(f"python{python}") or python, "-m", "venv", folder], check=True)
