@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
-from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, checker, helper, load, numpy_helper, shape_inference
 from torch import nn
 
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
@@ -313,6 +315,44 @@ def export(module: nn.Module, inputs: torch.Tensor, path: Path, new: bool = True
             axes = {"x": {0: "n"}}
             torch.onnx.export(module, (inputs,), str(path), dynamo=False, input_names=["x"], dynamic_axes=axes)
     return path
+
+
+def check_shapes(path: Path, feeds: Mapping[str, np.ndarray]) -> int:
+    """What a file says of the shapes of its values is what inference finds and what a run makes.
+
+    Returns:
+        how many sizes it says.
+    """
+    model = load(str(path))
+    shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    held = {tensor.name for tensor in model.graph.initializer} | {each.name for each in model.graph.input}
+    said = [each for each in [*model.graph.value_info, *model.graph.output] if each.type.HasField("tensor_type")]
+    made = {name for node in model.graph.node for name in node.output}
+    assert {each.name for each in said} <= made | held
+    inner = [each.name for each in model.graph.value_info if each.name in made]
+    model.graph.output.extend(ValueInfoProto(name=name) for name in inner)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    names = list(dict.fromkeys(each.name for each in model.graph.output))
+    shapes = {name: array.shape for name, array in zip(names, session.run(names, dict(feeds)), strict=True)}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    symbols: dict[str, int] = {}
+    for each in (each for each in model.graph.input if each.name in feeds):
+        dims = each.type.tensor_type.shape.dim
+        symbols |= {d.dim_param: n for d, n in zip(dims, feeds[each.name].shape, strict=True) if d.dim_param}
+    count = 0
+    for each in said:
+        dims = each.type.tensor_type.shape.dim
+        assert not dims or len(dims) == len(shapes[each.name]), each.name
+        for dim, size in zip(dims, shapes[each.name], strict=False):
+            known = dim.dim_value
+            if dim.dim_param and set(re.findall(r"[A-Za-z_]\w*", dim.dim_param)) <= symbols.keys():
+                known = int(eval(dim.dim_param, {"__builtins__": {}}, symbols))  # such as 4*n
+            assert not known or known == size, (each.name, dim, size)
+            count += bool(known)
+    return count
 
 
 OTHERS = {

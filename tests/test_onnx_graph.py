@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graph_nets
-from onnx_nets import HAND, export
+from onnx_nets import HAND, check_shapes, export
 from secateur.graph.onnx_files import read_onnx
 from secateur.graph.onnx_host import OnnxHost, silenced
 from secateur.graph.spaces import Graph, build
@@ -157,6 +157,24 @@ def test_graph_of_the_file_is_that_of_the_module(name: str, new: bool, tmp_path:
         space = graph.space(each)
         for unit in (0, space.size - 1):
             assert bench.compare(graph.gone({each: [unit]}))[0] == "", each
+
+
+@pytest.mark.parametrize("name", [*HAND, "transformer", "gqa", "shuffled", "layers"])
+def test_shapes_that_a_file_says_are_true_after_a_cut(name: str, tmp_path: Path) -> None:
+    """Of single axes and of products of open and cut ones; what cannot be said any more is not."""
+    path, small = tmp_path / "net.onnx", tmp_path / "small.onnx"
+    if name in HAND:
+        onnx.save(onnx.shape_inference.infer_shapes(HAND[name](), data_prop=True), str(path))
+        host = OnnxHost.of(read_onnx(path))
+    else:
+        layers = (graph_nets.Layers().eval(), torch.randn(2, 6, 5))
+        module, inputs = layers if name == "layers" else graph_nets.net(name)
+        host = OnnxHost.of(read_onnx(export(module, inputs, path)), given={"x": inputs.numpy()})
+    assert check_shapes(path, host.first) > 0
+    graph = build(host.network)
+    host.cut(graph, graph.gone({each: [0] for each in verify(host.bench(graph)).sound})).write(small)
+    assert check_shapes(small, host.first) > 0
+    assert onnx.load(str(small)).graph.value_info
 
 
 def test_values_can_be_watched_and_tensors_replaced(tmp_path: Path) -> None:

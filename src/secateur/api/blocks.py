@@ -1,14 +1,13 @@
-"""``prune`` by methods that leave out whole blocks of a module."""
+"""``prune`` by methods that leave out whole blocks of any network."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from secateur.budgets.channels import FLOPS_PER_MAC
 from secateur.budgets.targets import Target
@@ -16,67 +15,91 @@ from secateur.errors import InternalError
 from secateur.evidence.batches import Batches
 from secateur.evidence.losses import Loss
 from secateur.graph.blocks import Block, Depth
-from secateur.graph.bypass import bypass, unsound
-from secateur.graph.modules import ModuleBench, ModuleHost
-from secateur.graph.spaces import build
+from secateur.graph.host import Batch, Bench, Host
+from secateur.graph.spaces import Graph, build
 from secateur.methods.blocks import BlockMethod, BlockStudy
 
 
 @dataclass(frozen=True)
-class Shallower:
-    """A module without some of its blocks.
+class BlockDecision:
+    """What is to be left out of a network.
 
     Attributes:
-        model: the smaller module.
-        removed: names of the blocks that went, as keys.
+        depth: what it can do without.
+        gone: blocks that go.
         refused: blocks that could not go, with the reasons.
-        achieved: what remains, and what there was.
+        notes: nothing; methods of blocks say nothing of how they decided.
     """
 
-    model: nn.Module
-    removed: Mapping[str, tuple[int, ...]]
+    depth: Depth
+    gone: tuple[Block, ...]
     refused: Mapping[str, str]
-    achieved: Mapping[str, int]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> Graph:
+        return self.depth.graph
+
+    @property
+    def removed(self) -> Mapping[str, tuple[int, ...]]:
+        """Names of the blocks that go, as keys."""
+        return {block.name: () for block in self.gone}
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Parameters of the blocks that go, and what stays of them."""
+        return {block.name: (block.params, 0) for block in self.gone}
+
+    @cached_property
+    def achieved(self) -> Mapping[str, float]:
+        """What remains, and what there was."""
+        found: dict[str, float] = {}
+        for suffix, blocks in (("", self.gone), ("_before", ())):
+            params, macs = self.depth.remaining(blocks)
+            found |= {f"params{suffix}": params, f"flops{suffix}": FLOPS_PER_MAC * macs}
+        return found
 
 
-def prune_blocks(
-    host: ModuleHost,
+def blocks_decided(
+    host: Host,
+    example: Batch,
     method: BlockMethod,
     target: Target,
     tolerance: float,
     batches: Batches | None,
     losses: Mapping[str, Loss],
     seed: int,
-    inplace: bool,
     tick: Callable[[], Any],
-) -> Shallower:
-    """Find the blocks of a module, check each, let a method choose, check what it chose, and leave it out.
+) -> BlockDecision:
+    """Find the blocks of a network, check each, let a method choose, and check what it chose.
 
     Args:
-        tick: called at the end of every part of the work: graph, verify, choose, mend, cut.
+        example: what the network was recorded on.
+        tick: called at the end of every part of the work: graph, verify, choose, mend.
+
+    Raises:
+        RequestError: the target is out of reach, or the method cannot be used here.
+        InternalError: without a block that was found sound the network computes something else.
     """
     graph = build(host.network)
     depth = Depth(graph)
     tick()
     bench = host.bench(graph, seed)
-    reasons = {block.name: unsound(bench, depth, [block]) for block in depth.blocks}
+    reasons = {block.name: bench.unsound(depth, [block]) for block in depth.blocks}
     refused = {name: reason for name, reason in reasons.items() if reason}
     tick()
     good = [block for block in depth.blocks if block.name not in refused]
     generator = torch.Generator().manual_seed(seed)
-    study = BlockStudy(depth, good, host, generator, host.inputs, batches, losses)
+    study = BlockStudy(depth, good, host, generator, example, batches, losses)
     gone = _choose(study, bench, method, target, tolerance, refused)
     tick()
     tick()  # nothing is mended
-    model = host.module if inplace else copy.deepcopy(host.module)
-    bypass(model, depth, host.inputs, gone)
-    tick()
-    return Shallower(model, {block.name: () for block in gone}, refused, _achieved(depth, gone))
+    return BlockDecision(depth, gone, refused)
 
 
 def _choose(
     study: BlockStudy,
-    bench: ModuleBench,
+    bench: Bench,
     method: BlockMethod,
     target: Target,
     tolerance: float,
@@ -85,19 +108,11 @@ def _choose(
     """Blocks that can go together; those that turn out not to are refused, and the method is asked again."""
     while True:
         gone = method.decide(study, target, tolerance)
-        if not unsound(bench, study.depth, gone):
+        if not bench.unsound(study.depth, gone):
             return gone
-        count = next(n for n in range(1, len(gone) + 1) if unsound(bench, study.depth, gone[:n]))
-        reason, last = unsound(bench, study.depth, gone[:count]), gone[count - 1]
+        count = next(n for n in range(1, len(gone) + 1) if bench.unsound(study.depth, gone[:n]))
+        reason, last = bench.unsound(study.depth, gone[:count]), gone[count - 1]
         if count < 2:
             raise InternalError("block-not-silenced", f"method {method.name}", reason, "nothing was changed")
         refused[last.name] = f"not together with others: {reason}"
         study = replace(study, blocks=[block for block in study.blocks if block is not last])
-
-
-def _achieved(depth: Depth, gone: tuple[Block, ...]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for suffix, blocks in (("", gone), ("_before", ())):
-        params, macs = depth.remaining(blocks)
-        found |= {f"params{suffix}": params, f"flops{suffix}": FLOPS_PER_MAC * macs}
-    return found

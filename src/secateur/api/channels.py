@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from secateur.api.blocks import prune_blocks
+from secateur.api.blocks import BlockDecision, blocks_decided
 from secateur.api.outputs import PruneResult
 from secateur.budgets import Target, parse_target, ratio_target
 from secateur.budgets.channels import Units, choose, remaining
@@ -109,56 +110,43 @@ def prune_module(module: Any, example_inputs: Batch, values: Mapping[str, Any], 
             "no-module", "example_inputs", f"the model is {type(module).__name__}, no module", "pass the module itself"
         )
     request = validated(ModuleRequest, values, "a prune of a module")
-    method, wanted = make_graph_method(request.method, request.options), request.wanted
+    method, _ = make_graph_method(request.method, request.options), request.wanted  # refused before anything runs
     device = next((tensor.device for tensor in chain(module.parameters(), module.buffers())), None)
     batches = calibration(method, request, example_inputs, device)
     clock = [time.perf_counter()]
     with MemoryWatch() as memory:
         host = ModuleHost(module, example_inputs)
-        if isinstance(method, BlockMethod):
-            losses, tick = losses_of(request.loss), lambda: clock.append(time.perf_counter())
-            less = prune_blocks(host, method, wanted, request.tolerance, batches, losses, request.seed, inplace, tick)
-            outcome = (less.model, less.removed, less.refused, less.achieved)
-            return _result(request, method, clock, memory.peak, outcome)
         decision = decided(host, example_inputs, request, method, batches, clock)
-        found, units, refused = decision.graph, decision.units, decision.refused
-        if inplace:
-            host.write(decision.mended)
-        small = host.cut_in_place if inplace else host.with_tensors(decision.mended).cut
-        result = small(found, decision.gone, decision.literals)
+        result = _smaller(host, decision, inplace)
         clock.append(time.perf_counter())
-        achieved = achieved_by(found, units, decision.latency)
-    cut = (result, units, refused, achieved)
-    return _result(request, method, clock, memory.peak, cut, decision.notes)
-
-
-def _result(
-    request: ModuleRequest,
-    method: GraphMethod | BlockMethod,
-    clock: Sequence[float],
-    peak: int,
-    outcome: tuple[nn.Module, Mapping[str, Sequence[int]], Mapping[str, str], Mapping[str, float]],
-    notes: Mapping[str, Any] | None = None,
-) -> ModuleResult:
-    """What is told of a prune: the module, what was removed, what was refused, what remains."""
-    model, removed, refused, achieved = outcome
     return ModuleResult(
         method=method.name,
         requested={"target": str(request.wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
-        achieved=dict(achieved),
+        achieved=dict(decision.achieved),
         perplexity=None,
         seconds=round(clock[-1] - clock[0], 3),
-        peak_rss_bytes=peak,
+        peak_rss_bytes=memory.peak,
         output=None,
         layout="module",
         loads_in={},
         seed=request.seed,
-        model=model,
-        removed=removed,
-        refused=refused,
+        model=result,
+        removed=decision.removed,
+        refused=decision.refused,
         parts={part: end - start for part, (start, end) in zip(PARTS, pairwise(clock), strict=True)},
-        notes=notes or {},
+        notes=decision.notes,
     )
+
+
+def _smaller(host: ModuleHost, decision: Decision | BlockDecision, inplace: bool) -> nn.Module:
+    if isinstance(decision, BlockDecision):
+        if inplace:
+            return host.bypassed_in_place(decision.depth, decision.gone)
+        return copy.deepcopy(host.bypassed(decision.depth, decision.gone).module)
+    if inplace:
+        host.write(decision.mended)
+    small = host.cut_in_place if inplace else host.with_tensors(decision.mended).cut
+    return small(decision.graph, decision.gone, decision.literals)
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ class Decision:
 
     Attributes:
         graph: its channels.
-        units: what goes, by space.
+        removed: units that go, by space.
         literals: what is known of attributes that may hold a size.
         mended: new values of what stays.
         refused: spaces that are not cut, with the reasons.
@@ -176,7 +164,7 @@ class Decision:
     """
 
     graph: Graph
-    units: Units
+    removed: Units
     literals: frozenset[Literal]
     mended: Mapping[str, Tensor]
     refused: Mapping[str, str]
@@ -185,18 +173,29 @@ class Decision:
 
     @property
     def gone(self) -> Gone:
-        return self.graph.gone(self.units)
+        return self.graph.gone(self.removed)
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Units of every space that is cut, before and after."""
+        before = {space.name: space.size for space in self.graph.spaces}
+        return {name: (before[name], before[name] - len(gone)) for name, gone in self.removed.items()}
+
+    @cached_property
+    def achieved(self) -> Mapping[str, float]:
+        """What remains of every measure, and what there was."""
+        return achieved_by(self.graph, self.removed, self.latency)
 
 
 def decided(
     host: Host,
     example_inputs: Batch,
     request: ModuleRequest,
-    method: GraphMethod,
+    method: GraphMethod | BlockMethod,
     batches: Batches | None,
     clock: list[float],
-) -> Decision:
-    """Find the channels of a network, check each space, let a method choose and mend, and check what it chose.
+) -> Decision | BlockDecision:
+    """Find what a network can lose, check each part of it, let a method choose and mend, and check what it chose.
 
     Args:
         clock: the time is appended at the end of every part of the work: graph, verify, choose, mend.
@@ -205,6 +204,12 @@ def decided(
         RequestError: the target is out of reach, or the method cannot be used here.
         InternalError: the cut network would not compute what the uncut one does with the same channels silenced.
     """
+    losses = losses_of(request.loss)
+    if isinstance(method, BlockMethod):
+        wanted, tick = request.wanted, lambda: clock.append(time.perf_counter())
+        return blocks_decided(
+            host, example_inputs, method, wanted, request.tolerance, batches, losses, request.seed, tick
+        )
     found = build(host.network)
     clock.append(time.perf_counter())
     bench = host.bench(found, request.seed)
@@ -212,7 +217,7 @@ def decided(
     clock.append(time.perf_counter())
     spaces, refused = _allowed(found, verdict, method)
     generator = torch.Generator().manual_seed(request.seed)
-    study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses_of(request.loss))
+    study = ChannelStudy(found, spaces, host, generator, example_inputs, batches, losses)
     pick = Timed(
         partial(_choose, found, method, request.tolerance),
         lambda units: host.runner(found, found.gone(units), verdict.literals),

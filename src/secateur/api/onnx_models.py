@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from secateur.api.blocks import BlockDecision
 from secateur.api.channels import PARTS, Decision, ModuleRequest, ModuleResult, achieved_by, calibration, decided
 from secateur.api.outputs import passing_workplace, require_free
 from secateur.budgets.channels import FLOPS_PER_MAC
@@ -26,6 +27,7 @@ from secateur.graph.onnx_host import OnnxHost, as_tensor
 from secateur.graph.spaces import Graph, build
 from secateur.graph.verify import verify
 from secateur.meters.memory import MemoryWatch
+from secateur.methods.blocks import BlockMethod
 from secateur.methods.channels import GraphMethod
 from secateur.methods.registry import make_graph_method
 
@@ -92,8 +94,7 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
     return OnnxResult(
         method=method.name,
         requested={"target": str(request.wanted), "options": method.model_dump(mode="json", exclude_unset=True)},
-        achieved=(_whole(host) if decision is None else achieved_by(decision.graph, decision.units, decision.latency))
-        | sizes,
+        achieved=(_whole(host) if decision is None else dict(decision.achieved)) | sizes,
         perplexity=None,
         seconds=round(clock[-1] - clock[0], 3),
         peak_rss_bytes=memory.peak,
@@ -101,7 +102,7 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
         layout="onnx",
         loads_in=_loads(),
         seed=request.seed,
-        removed={} if decision is None else decision.units,
+        removed={} if decision is None else decision.removed,
         refused={} if decision is None else decision.refused,
         parts={part: end - start for part, (start, end) in zip(PARTS, pairwise(clock), strict=True)},
         notes={} if decision is None else decision.notes,
@@ -121,12 +122,11 @@ def preview_onnx(model: str | Path, values: Mapping[str, Any]) -> dict[str, Any]
         method, _, decision = _decide(source, request, [time.perf_counter()])
     except RequestError as error:
         return {"problems": [error.as_dict()]}
-    sizes = {space.name: space.size for space in decision.graph.spaces}
     return {
         "problems": [],
         "method": method.name,
-        "achieved": achieved_by(decision.graph, decision.units, decision.latency),
-        "sizes": {n: {"before": sizes[n], "after": sizes[n] - len(gone)} for n, gone in decision.units.items()},
+        "achieved": dict(decision.achieved),
+        "sizes": {name: {"before": before, "after": after} for name, (before, after) in decision.sizes.items()},
         "refused": dict(decision.refused),
         "unknown": _unknown(decision.graph),
         "loads_in": _loads(),
@@ -215,14 +215,16 @@ def _batches(source: OnnxFile, data: Any) -> list[Any]:
     return batches
 
 
-def _method(request: OnnxRequest) -> GraphMethod:
+def _method(request: OnnxRequest) -> GraphMethod | BlockMethod:
     found = make_graph_method(request.method, request.options)
-    if not isinstance(found, GraphMethod):
-        refuse("method-on-modules", f"method {found.name}", "it leaves out blocks of a module", "spa, say")
+    if isinstance(found, BlockMethod):
+        found.require_no_gradients()
     return found
 
 
-def _decide(source: OnnxFile, request: OnnxRequest, clock: list[float]) -> tuple[GraphMethod, OnnxHost, Decision]:
+def _decide(
+    source: OnnxFile, request: OnnxRequest, clock: list[float]
+) -> tuple[GraphMethod | BlockMethod, OnnxHost, Decision | BlockDecision]:
     method, _ = _method(request), request.wanted  # refused before anything runs
     host, batches = _opened(source, request.seed, request.data)
     example = {name: as_tensor(array) for name, array in host.first.items()}
@@ -230,13 +232,22 @@ def _decide(source: OnnxFile, request: OnnxRequest, clock: list[float]) -> tuple
     return method, host, decided(host, example, request, method, given, clock)
 
 
-def _write(host: OnnxHost, decision: Decision, path: Path) -> list[Path]:
-    """Write the cut model and check the file: by the ONNX checker, and against the uncut one with the same silenced."""
+def _smaller(host: OnnxHost, decision: Decision | BlockDecision) -> tuple[OnnxFile, Callable[[OnnxFile], str]]:
+    """The smaller model, and what tells how a file differs from the whole one with the same silenced."""
+    if isinstance(decision, BlockDecision):
+        depth, blocks = decision.depth, decision.gone
+        return host.bypassed(depth, blocks).model, lambda file: host.unlike_without(host.model, file, depth, blocks)
     mended, graph, gone = host.with_tensors(decision.mended), decision.graph, decision.gone
-    beside = mended.cut(graph, gone).write(path)
+    return mended.cut(graph, gone), lambda file: mended.unlike(mended.model, mended.outputs(file), graph, gone)
+
+
+def _write(host: OnnxHost, decision: Decision | BlockDecision, path: Path) -> list[Path]:
+    """Write the smaller model and check the file: by the ONNX checker, and against the whole one."""
+    small, unlike = _smaller(host, decision)
+    beside = small.write(path)
     try:
         check_written(path)
-        reason = mended.unlike(mended.model, mended.outputs(read_onnx(path)), graph, gone) or mended.runs(path)
+        reason = unlike(read_onnx(path)) or host.runs(path)
     except Exception as error:  # the checker's own types, and a run that fails
         reason = first_line(error)
     if reason:

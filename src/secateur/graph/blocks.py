@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
 from secateur.graph.ir import Network, Operation, Value
 from secateur.graph.spaces import Graph
+
+_ADDITIONS: Final = frozenset({"add", "add_", "Add", "Sum"})
+"""What the front ends call an addition of tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,15 +85,24 @@ class Depth:
 
     def remaining(self, gone: Sequence[Block]) -> tuple[int, int]:
         """Parameters and multiply-accumulates without some blocks."""
-        steps = {number for block in gone for number in block.region}
-        lost = _elements(self._flow.owned(steps, self.graph.network))
-        return self.graph.parameters() - lost, sum(self.work) - sum(self.work[i] for i in steps)
+        lost = sum(self.work[i] for i in self._steps(gone))
+        return self.graph.parameters() - _elements(self._owned(gone)), sum(self.work) - lost
+
+    def lost(self, gone: Sequence[Block]) -> set[str]:
+        """Names of the parameters that go with some blocks."""
+        return {value.name for value in self._owned(gone)}
+
+    def _steps(self, gone: Sequence[Block]) -> set[int]:
+        return {number for block in gone for number in block.region}
+
+    def _owned(self, gone: Sequence[Block]) -> list[Value]:
+        return self._flow.owned(self._steps(gone), self.graph.network)
 
     def by_module(self) -> Mapping[str, set[int]]:
         """Positions of the operations that run in every module, those of its parts included."""
         found: dict[str, set[int]] = defaultdict(set)
         for number, step in enumerate(self._flow.steps):
-            path = step.place
+            path = step.path
             while path:
                 found[path].add(number)
                 path = path.rpartition(".")[0]
@@ -99,6 +112,11 @@ class Depth:
 def outermost(blocks: Sequence[Block]) -> list[Block]:
     """Those that lie in no other one."""
     return [block for block in blocks if not any(block.inside(other) for other in blocks)]
+
+
+def shortcuts(blocks: Sequence[Block]) -> dict[Value, Value]:
+    """The sums of some blocks, and what stands for each without them."""
+    return {block.out: block.shortcut for block in outermost(blocks)}
 
 
 def _elements(values: Sequence[Value]) -> int:
@@ -148,7 +166,7 @@ class _Flow:
         """Additions of two values of one shape of which one was computed from the other: (shortcut, branch)."""
         for number, step in enumerate(self.steps):
             pair = list(step.inputs.values())
-            if step.source.rstrip("_").lower() != "add" or len(pair) != 2 or number in self.dead:
+            if step.source not in _ADDITIONS or len(pair) != 2 or number in self.dead:
                 continue
             if pair[0] is pair[1] or {pair[0].shape, pair[1].shape} != {step.outputs[0].shape}:
                 continue
@@ -180,13 +198,13 @@ class _Flow:
 
 def _names(blocks: Sequence[Block], steps: Sequence[Operation]) -> list[str]:
     """The module in which the addition stands where it holds one branch only, else the part with most operations."""
-    holders = [_common([steps[block.step].place, *(steps[i].place for i in block.region)]) for block in blocks]
+    holders = [_common([steps[block.step].path, *(steps[i].path for i in block.region)]) for block in blocks]
     found: list[str] = []
     for block, holder in zip(blocks, holders, strict=True):
         name = holder
         if holders.count(holder) > 1 or not holder:
             depth = len(holder.split(".")) + 1 if holder else 1
-            parts = [".".join(steps[i].place.split(".")[:depth]) for i in sorted(block.region)]
+            parts = [".".join(steps[i].path.split(".")[:depth]) for i in sorted(block.region)]
             inner = [part for part in parts if len(part) > len(holder)]
             name = max(dict.fromkeys(inner), key=inner.count) if inner else holder
         name = name or "network"

@@ -1,4 +1,4 @@
-"""Blocks of a module replaced by their shortcuts, and the check that this equals silencing them."""
+"""Blocks of a module replaced by their shortcuts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.graph.blocks import Block, Depth, outermost
 from secateur.graph.host import Batch
-from secateur.graph.modules import ModuleBench, tensors_of
-from secateur.graph.state import shadow
-from secateur.graph.tape import call, replay
-from secateur.graph.verify import difference, first_line
+from secateur.graph.tape import call
 
 _AFTER: Final[Mapping[str, Callable[[], nn.Module]]] = {
     "relu": nn.ReLU,
@@ -149,22 +146,3 @@ def _forms(module: nn.Module, inputs: Batch, paths: Sequence[str]) -> dict[str, 
         for handle in handles:
             handle.remove()
     return found
-
-
-def unsound(bench: ModuleBench, depth: Depth, blocks: Sequence[Block]) -> str:
-    """Why a module with some blocks replaced differs from one that computes the shortcuts there; empty if it does not.
-
-    Both run with stirred parameters in float64; the second is the whole module, in whose run the sums are overwritten.
-    """
-    with torch.inference_mode():
-        small = shadow(bench.copy)
-        try:
-            bypass(small, depth, bench.inputs, blocks)
-            found = tensors_of(call(small, bench.inputs))
-        except NoBypassError as error:
-            return str(error)
-        except Exception as error:  # the module's own code may fail in any way
-            return f"without it the module does not run: {first_line(error)}"
-    shortcuts = {block.out: block.shortcut for block in outermost(blocks)}
-    wanted, _ = replay(bench.copy, bench.inputs, bench.graph.network, instead=shortcuts)
-    return difference([tensor for tensor in wanted if tensor.is_floating_point()], found)

@@ -107,10 +107,8 @@ def _running(graph: Graph) -> Iterator[Operation]:
 
 
 def _path(step: Operation) -> list[str]:
-    """The modules that an operation stands in, from the outermost; in ONNX files as far as names tell."""
-    if "/" in step.place:
-        return step.place.strip("/").split("/")[:-1]
-    return step.place.split(".") if step.place else []
+    """The modules that an operation stands in, from the outermost."""
+    return step.path.split(".") if step.path else []
 
 
 def _together(steps: Sequence[Operation], depth: int) -> list[list[Operation]]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 
 from torch import Tensor
 
+from secateur.graph.blocks import Block, Depth
 from secateur.graph.ir import Network, Value
 from secateur.graph.spaces import Gone, Graph
 
@@ -26,6 +27,11 @@ class Bench(Protocol):
     def compare(self, gone: Gone, literals: Collection[Literal] = ()) -> tuple[str, frozenset[Literal]]:
         """Why cut and mask differ, empty where they agree; and what may be true of attributes that may hold a size."""
 
+    def unsound(self, depth: Depth, blocks: Sequence[Block]) -> str:
+        """Why the network without some blocks differs from the whole one in whose run their sums are overwritten by the
+        shortcuts; empty where it does not.
+        """
+
 
 class Host(Protocol):
     """A network with its numbers; nothing here changes it."""
@@ -44,12 +50,15 @@ class Host(Protocol):
             tensors: by name, under any of its names if it has several.
         """
 
-    def run(self, inputs: Batch, watch: Collection[Value] = ()) -> tuple[list[Tensor], dict[Value, Tensor]]:
+    def run(
+        self, inputs: Batch, watch: Collection[Value] = (), instead: Mapping[Value, Value] | None = None
+    ) -> tuple[list[Tensor], dict[Value, Tensor]]:
         """Run once, as at evaluation.
 
         Args:
             inputs: like the example inputs; sizes that the network leaves open may differ.
             watch: values of the network that are wanted.
+            instead: for values that one operation makes, the one of its tensors that is taken in their place.
 
         Returns:
             The outputs in the order of ``network.outputs``, and the watched values.
@@ -63,3 +72,11 @@ class Host(Protocol):
 
     def cut(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Any:
         """The smaller network, in the form in which this one was given."""
+
+    def bypassed(self, depth: Depth, blocks: Sequence[Block]) -> Self:
+        """The network without some blocks; everything else is shared with this one.
+
+        Args:
+            depth: what the network can do without.
+            blocks: some of these, of which a bench says nothing bad.
+        """

@@ -39,8 +39,9 @@ class Operation:
         inputs: its tensors by the names that the rule knows; lists of tensors under ``tensors``.
         outputs: what it makes.
         attrs: everything else that the rule needs.
-        place: path of the module it stands in.
+        place: path of the module it stands in; in a file the name of what its node makes first.
         source: what the front end calls it.
+        scope: path of the module it came from, where ``place`` is none and that is known.
     """
 
     op: str
@@ -49,6 +50,12 @@ class Operation:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     place: str = ""
     source: str = ""
+    scope: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The module that it stands in, as far as anything tells."""
+        return self.place if self.scope is None else self.scope
 
 
 @dataclass

@@ -19,6 +19,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from secateur.graph.blocks import Block, Depth, shortcuts
+from secateur.graph.bypass import NoBypassError, bypass
 from secateur.graph.edit import cut, kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
@@ -34,7 +36,7 @@ class ModuleHost:
     """A module and what it is run on.
 
     Attributes:
-        module: never changed, except by ``cut_in_place``.
+        module: never changed, except by what is called ``in_place``.
         inputs: example inputs.
     """
 
@@ -72,11 +74,7 @@ class ModuleHost:
     def run(
         self, inputs: Batch, watch: Collection[Value] = (), instead: Mapping[Value, Value] | None = None
     ) -> tuple[list[Tensor], dict[Value, Tensor]]:
-        """See :meth:`secateur.graph.host.Host.run`; without anything to watch or change the module just runs.
-
-        Args:
-            instead: for values that one operation makes, the one of its tensors that is taken in their place.
-        """
+        """See :meth:`secateur.graph.host.Host.run`; without anything to watch or change the module just runs."""
         return replay(self.module, inputs, self.network, watch, instead)
 
     def runner(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Callable[[], object]:
@@ -101,6 +99,15 @@ class ModuleHost:
     def cut_in_place(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> nn.Module:
         """The module itself made smaller; the host is of no use afterwards."""
         cut(self.module, graph, gone, literals)
+        return self.module
+
+    def bypassed(self, depth: Depth, blocks: Sequence[Block]) -> Self:
+        """See :meth:`secateur.graph.host.Host.bypassed`; it shares all tensors, and is read anew where it is asked."""
+        return type(self)(type(self)(shadow(self.module), self.inputs).bypassed_in_place(depth, blocks), self.inputs)
+
+    def bypassed_in_place(self, depth: Depth, blocks: Sequence[Block]) -> nn.Module:
+        """The module itself without some blocks; the host is of no use afterwards."""
+        bypass(self.module, depth, self.inputs, blocks)
         return self.module
 
 
@@ -161,6 +168,20 @@ class ModuleBench:
                 if not (reason := difference(wanted, found)):
                     break
         return reason, doubtful
+
+    def unsound(self, depth: Depth, blocks: Sequence[Block]) -> str:
+        """See :meth:`secateur.graph.host.Bench.unsound`; with stirred parameters, in float64."""
+        with torch.inference_mode():
+            small = shadow(self.copy)
+            try:
+                bypass(small, depth, self.inputs, blocks)
+                found = tensors_of(call(small, self.inputs))
+            except NoBypassError as error:
+                return str(error)
+            except Exception as error:  # the module's own code may fail in any way
+                return f"without it the module does not run: {first_line(error)}"
+        wanted, _ = replay(self.copy, self.inputs, self.graph.network, instead=shortcuts(blocks))
+        return difference([tensor for tensor in wanted if tensor.is_floating_point()], found)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +12,7 @@ from secateur.graph.edit import kept
 from secateur.graph.ir import Value
 from secateur.graph.onnx_files import OnnxFile
 from secateur.graph.onnx_network import Reading
-from secateur.graph.onnx_structure import Array, captured, names_used
+from secateur.graph.onnx_structure import Array, drop, names_used, reads, sweep
 from secateur.graph.spaces import Gone, Graph
 
 
@@ -53,8 +53,7 @@ class _Editor:
         for node in self.proto.graph.node:
             sizes = node.op_type in ("Shape", "Size") and node.input[0] in reading.values
             moved = sizes and any(old != new for old, new in self.changes(node.input[0]))
-            reads = [name for name in [*node.input, *captured(node)] if name in reading.known]
-            if moved or any(name in self._tainted for name in reads):
+            if moved or any(name in self._tainted for name in reads(node) if name in reading.known):
                 self._tainted |= {name for name in node.output if name in reading.known}
 
     def count(self, axis: Axis) -> int:
@@ -136,42 +135,20 @@ class _Editor:
             if first in before:
                 nodes.append(before[first])
             nodes.append(node)
-        nodes, literals = self._needed(nodes)
-        kept_nodes = [type(node).FromString(node.SerializeToString()) for node in nodes]
+        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
         del graph.node[:]
-        graph.node.extend(kept_nodes)
-        for i in reversed(range(len(graph.initializer))):
-            if graph.initializer[i].name in literals:
-                del graph.initializer[i]
+        graph.node.extend(copies)
+        sweep(graph, self._source.graph, self._stay())
         for each in graph.input:
             if each.name in arrays:
                 for dim, size in zip(each.type.tensor_type.shape.dim, arrays[each.name].shape, strict=True):
                     dim.dim_value = size
-        stale = [i for i, each in enumerate(graph.value_info) if not self._said(each)]
-        for i in reversed(stale):
-            del graph.value_info[i]
+        drop(graph.value_info, lambda each: not self._said(each))
 
-    def _needed(self, nodes: Sequence[Any]) -> tuple[list[Any], set[str]]:
-        """Nodes without the arithmetic of shapes that nobody reads since it was overridden, and literals likewise."""
-        outputs = {each.name for each in self.proto.graph.output}
-        known, loose = self._reading.known, set[str]()
-        reads: dict[str, int] = {}
-        for node in nodes:
-            for name in [*node.input, *captured(node)]:
-                reads[name] = reads.get(name, 0) + 1
-        was = {name for node in self._source.graph.node for name in [*node.input, *captured(node)]}
-        kept_nodes = []
-        for node in reversed(nodes):
-            dead = all(name in known and not reads.get(name) and name not in outputs for name in node.output if name)
-            if dead and any(name in was for name in node.output):
-                for name in [*node.input, *captured(node)]:
-                    reads[name] -= 1
-                    if not reads[name] and name in known and name not in outputs:
-                        loose.add(name)
-            else:
-                kept_nodes.append(node)
-        loose |= {name for name in was if name in known and not reads.get(name) and name not in outputs}
-        return kept_nodes[::-1], loose
+    def _stay(self) -> set[str]:
+        """All that is made but arithmetic of shapes, which goes where nobody reads it since it was overridden."""
+        made = {name for node in self._source.graph.node for name in node.output}
+        return (made - self._reading.known.keys()) | {each.name for each in self.proto.graph.output}
 
     def _said(self, each: Any) -> bool:
         """Correct the sizes that the file says of a value; False where nothing is known of it."""

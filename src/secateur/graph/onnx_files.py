@@ -115,6 +115,23 @@ class OnnxFile:
         path.write_bytes(model.SerializeToString())
         return [data]
 
+    def holding(self, proto: Any) -> OnnxFile:
+        """The model with a structure in which something was left out, and the weights that this still holds."""
+        held = {name for _, name in holders(proto.graph)}
+        inner = {
+            name
+            for node in proto.graph.node
+            if branches(node)
+            for name in self.inner
+            if name.startswith(f"{node.output[0]}/")
+        }
+        return replace(
+            self,
+            proto=proto,
+            arrays={name: array for name, array in self.arrays.items() if name in held},
+            inner={name: array for name, array in self.inner.items() if name in inner},
+        )
+
     def changed(self, proto: Any = None, arrays: Mapping[str, Array] | None = None) -> OnnxFile:
         """The model with another structure, or some other weights."""
         return replace(self, proto=proto or self.proto, arrays={**self.arrays, **(arrays or {})})

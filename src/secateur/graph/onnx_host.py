@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import RequestError, refuse
+from secateur.graph.blocks import Block, Depth, shortcuts
 from secateur.graph.edit import kept, made_only
 from secateur.graph.host import Batch, Literal
 from secateur.graph.ir import Network, Value
+from secateur.graph.onnx_bypass import bypassed, overwritten, sources_of
 from secateur.graph.onnx_edit import cut_onnx
 from secateur.graph.onnx_files import OnnxFile, read_onnx, run_file, run_onnx, running
 from secateur.graph.onnx_network import Inputs, Reading, example_inputs, from_onnx, watched
@@ -78,7 +80,9 @@ class OnnxHost:
         vars(host)["reading"] = self.reading  # the same operations on the same values
         return host
 
-    def run(self, inputs: Batch, watch: Collection[Value] = ()) -> tuple[list[Tensor], dict[Value, Tensor]]:
+    def run(
+        self, inputs: Batch, watch: Collection[Value] = (), instead: Mapping[Value, Value] | None = None
+    ) -> tuple[list[Tensor], dict[Value, Tensor]]:
         """See :meth:`secateur.graph.host.Host.run`."""
         given = self.named(inputs)
         names = {value: name for name, value in self.reading.values.items()}
@@ -89,7 +93,8 @@ class OnnxHost:
         if lost:
             refuse("not-watched", "a value of an ONNX model", f"no name in the file reaches it ({lost[0].shape})")
         asked = [names[value] for value in (*self.network.outputs, *rest)]
-        (made,) = run_onnx(watched(self.model, asked), [given], asked)
+        model = overwritten(self.model, self.reading, instead) if instead else self.model
+        (made,) = run_onnx(watched(model, asked), [given], asked)
         tensors = [as_tensor(array) for array in made]
         count = len(self.network.outputs)
         return tensors[:count], {**found, **dict(zip(rest, tensors[count:], strict=True))}
@@ -118,13 +123,15 @@ class OnnxHost:
             found[name if name in makers else each.name] = None
         return list(found)
 
-    def outputs(self, model: OnnxFile) -> list[Tensor]:
+    def outputs(self, model: OnnxFile, gone: Sequence[Block] = ()) -> list[Tensor]:
         """What a model makes of both examples, in double precision: the real numbers, or if there are none the whole.
 
         Args:
             model: with the inputs of this host's, and with what is :attr:`compared`.
+            gone: blocks that it does not have.
         """
-        batches, names = [self.first, self.second], self.compared
+        sources = sources_of(self.reading, gone)
+        batches, names = [self.first, self.second], [sources.get(name, name) for name in self.compared]
         return _numbers(run_onnx(watched(model, names), batches, names))
 
     def runs(self, path: Path) -> str:
@@ -140,13 +147,28 @@ class OnnxHost:
             whole: this host's model, or the same with other numbers.
             found: see :meth:`outputs`.
         """
-        halves = any(array.dtype.itemsize < 4 for array in whole.arrays.values())
         stays, reason = kept(graph, gone), ""
         for there in (made_only(graph, stays), stays):
-            wanted = self.outputs(silenced(whole, there))
-            if not (reason := difference(wanted, found, _HALF if halves else TOLERANCE)):
+            if not (reason := difference(self.outputs(silenced(whole, there)), found, _tolerance(whole))):
                 break
         return reason
+
+    def unlike_without(self, whole: OnnxFile, small: OnnxFile, depth: Depth, blocks: Sequence[Block]) -> str:
+        """How a model without some blocks differs from the whole one in whose run their sums are overwritten by the
+        shortcuts, in what it computes and in what it should still hold; empty if not.
+
+        Args:
+            whole: this host's model, or the same with other numbers.
+            small: what should do the same.
+            depth: what the model can do without.
+            blocks: what went.
+        """
+        learned = {name for name, value in self.network.state.items() if value.kind == "parameter"}
+        held = sum(a.size for name, a in {**small.arrays, **small.inner}.items() if name in learned)
+        if held != depth.remaining(blocks)[0]:
+            return "what it holds is read elsewhere, if only for its sizes"
+        wanted = self.outputs(overwritten(whole, self.reading, shortcuts(blocks)))
+        return difference(wanted, self.outputs(small, blocks), _tolerance(whole))
 
     def runner(self, graph: Graph, gone: Gone, literals: Collection[Literal] = ()) -> Callable[[], object]:
         """See :meth:`secateur.graph.host.Host.runner`; in onnxruntime, with its fusions."""
@@ -159,6 +181,15 @@ class OnnxHost:
         """The smaller model; nothing in a file has to be guessed, so there are no ``literals``."""
         del literals
         return cut_onnx(self.model, self.reading, graph, gone)
+
+    def bypassed(self, depth: Depth, blocks: Sequence[Block]) -> Self:
+        """See :meth:`secateur.graph.host.Host.bypassed`; the file is read anew where that is asked."""
+        del depth
+        return type(self)(bypassed(self.model, self.reading, blocks), self.first, self.second)
+
+
+def _tolerance(model: OnnxFile) -> float:
+    return _HALF if any(array.dtype.itemsize < 4 for array in model.arrays.values()) else TOLERANCE
 
 
 def _numbers(runs: Sequence[Sequence[Array]]) -> list[Tensor]:
@@ -214,6 +245,18 @@ class OnnxBench:
             if reason := self.host.unlike(whole, found, self.graph, gone):
                 return reason, frozenset()
         return "", frozenset()
+
+    def unsound(self, depth: Depth, blocks: Sequence[Block]) -> str:
+        """See :meth:`secateur.graph.host.Bench.unsound`."""
+        for whole in self._wholes:
+            try:
+                small = bypassed(whole, self.host.reading, blocks)
+                reason = self.host.unlike_without(whole, small, depth, blocks)
+            except RequestError as error:
+                return f"without it the network does not run: {error.found}"
+            if reason:
+                return reason
+        return ""
 
     def _stir(self, amount: float) -> OnnxFile:
         """Weights without special values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +12,7 @@ from secateur.errors import RequestError, refuse
 from secateur.graph.ir import Network, Operation, Value
 from secateur.graph.onnx_files import OnnxFile, run_onnx
 from secateur.graph.onnx_operators import Call, read
-from secateur.graph.onnx_structure import Array, branches, captured
+from secateur.graph.onnx_structure import Array, branches, captured, reads, scope
 
 Inputs = Mapping[str, Array]
 _SMALL: Final = 4096
@@ -45,6 +45,11 @@ class Reading:
     known: dict[str, Array] = field(default_factory=dict)
     moving: dict[str, Array] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
+
+    def names(self, values: Mapping[Value, Value]) -> dict[str, str]:
+        """Names of values, and of what is taken in their place."""
+        named = {value: name for name, value in self.values.items()}
+        return {named[value]: named[other] for value, other in values.items()}
 
 
 def example_inputs(model: OnnxFile, seed: int = 0, given: Inputs | None = None) -> tuple[Inputs, Inputs]:
@@ -268,8 +273,7 @@ def _fold(
     fixed = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.name not in model.arrays}
     cone: dict[str, None] = dict.fromkeys(fixed)
     for node in graph.node:
-        reads = [name for name in [*node.input, *captured(node)] if name]
-        plain = all(name in cone for name in reads) and node.op_type not in _NOT_SIZES
+        plain = all(name in cone for name in reads(node)) and node.op_type not in _NOT_SIZES
         if node.op_type == "Constant":
             plain = node.output[0] not in model.arrays
         if node.op_type in ("Shape", "Size"):
@@ -312,12 +316,14 @@ def _enter(model: OnnxFile, reading: Reading, node: Any, number: int, shapes: Ma
     reading.nodes[place] = number
     inner = [_value(reading, name) for name in captured(node)]
     if branches(node):
-        reads = {f"x{i}": value for i, value in enumerate([*inputs, *inner]) if value is not None}
-        reading.network.operations.append(Operation(node.op_type, reads, tuple(made), {}, place, node.op_type))
+        given = {f"x{i}": value for i, value in enumerate([*inputs, *inner]) if value is not None}
+        reading.network.operations.append(
+            Operation(node.op_type, given, tuple(made), {}, place, node.op_type, scope(node))
+        )
         return
     op = domain + node.op_type
     call = Call(op, inputs, made, _attributes(node), known, model.opset, place)
-    reading.network.operations += read(call)
+    reading.network.operations += [replace(step, scope=scope(node)) for step in read(call)]
 
 
 def _value(reading: Reading, name: str) -> Value:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -84,9 +85,58 @@ def unwrap(graph: Any) -> None:
             del graph.node[i]
     for node in graph.node:
         node.input[:] = [copies.get(name, name) for name in node.input]
-    for i in reversed(range(len(graph.value_info))):
-        if graph.value_info[i].name in copies:
-            del graph.value_info[i]
+    drop(graph.value_info, lambda each: each.name in copies)
+
+
+def reads(node: Any) -> list[str]:
+    """What a node reads, with its branches."""
+    return [name for name in [*node.input, *captured(node)] if name]
+
+
+def sweep(graph: Any, before: Any, wanted: Collection[str]) -> None:
+    """Drop from an edited graph what some names needed before the edit and do not need now.
+
+    Nodes that nothing needed before stay, unless what they read is gone.
+
+    Args:
+        graph: changed in place; its nodes are in an order in which they run.
+        before: the same as it was.
+        wanted: names.
+    """
+    now = _needed(graph, wanted)
+    lost = _needed(before, wanted) - now
+    nodes, absent = [], set[str]()
+    for node in graph.node:
+        made = {name for name in node.output if name}
+        if (made & lost and not made & now) or absent.intersection(reads(node)):
+            absent |= made
+        else:
+            nodes.append(type(node).FromString(node.SerializeToString()))
+    absent |= lost - {name for node in nodes for name in [*reads(node), *node.output]}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    weights = {tensor.name for tensor in graph.initializer} & absent  # old files list them among the inputs, too
+    drop(graph.input, lambda each: each.name in weights)
+    drop(graph.initializer, lambda each: each.name in weights)
+    drop(graph.value_info, lambda each: each.name in absent)
+    drop(graph.sparse_initializer, lambda each: each.values.name in absent)
+    drop(graph.quantization_annotation, lambda each: each.tensor_name in absent)
+
+
+def _needed(graph: Any, wanted: Collection[str]) -> set[str]:
+    """Some names, and all that they are computed from."""
+    found = set(wanted)
+    for node in reversed(graph.node):
+        if any(name in found for name in node.output if name):
+            found.update(reads(node))
+    return found
+
+
+def drop(held: Any, which: Callable[[Any], bool]) -> None:
+    """Delete some of the entries of a protobuf list."""
+    for i in reversed(range(len(held))):
+        if which(held[i]):
+            del held[i]
 
 
 def empty(tensor: Any) -> None:
@@ -103,6 +153,22 @@ def fill(tensor: Any, array: Array) -> None:
     tensor.dims[:] = made.dims
     tensor.data_type = made.data_type
     tensor.raw_data = made.raw_data
+
+
+def scope(node: Any) -> str | None:
+    """Path of the module that a node was exported from, dotted; None where neither metadata nor names tell."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            paths = re.findall(r"'([^']*)'", entry.value)
+            return str(paths[-2]) if len(paths) > 1 else None
+    name = next((name for name in (node.name, *node.output[:1]) if "/" in name), "")
+    found: list[str] = []
+    for part in name.strip("/").split("/")[:-1]:
+        if found and part.startswith(f"{found[-1]}."):  # blocks/blocks.0 is one module in another
+            found[-1:] = part.split(".")
+        else:
+            found.append(part)
+    return ".".join(found) if name else None
 
 
 def names_used(graph: Any) -> set[str]:

@@ -9,19 +9,16 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.budgets.channels import FLOPS_PER_MAC
 from secateur.budgets.targets import Target
 from secateur.errors import refuse
 from secateur.evidence.batches import Example
 from secateur.evidence.losses import Loss
-from secateur.graph.blocks import Block, Depth
-from secateur.graph.bypass import bypass
-from secateur.graph.host import Batch
+from secateur.graph.blocks import Block, Depth, shortcuts
+from secateur.graph.host import Batch, Host
 from secateur.graph.ir import Value
-from secateur.graph.modules import ModuleHost
-from secateur.graph.state import shadow
 from secateur.methods.base import Named
 
 
@@ -32,7 +29,7 @@ class BlockStudy:
     Attributes:
         depth: what the network can do without.
         blocks: those that may still go.
-        host: the module with its numbers; it is not changed.
+        host: the network with its numbers; it is not changed.
         generator: the only source of randomness.
         example: inputs that it was recorded on.
         batches: calibration data; None where none was given.
@@ -42,7 +39,7 @@ class BlockStudy:
 
     depth: Depth
     blocks: Sequence[Block]
-    host: ModuleHost
+    host: Host
     generator: torch.Generator
     example: Batch
     batches: Iterable[Example] | None = None
@@ -50,15 +47,13 @@ class BlockStudy:
     gone: tuple[Block, ...] = ()
 
     @cached_property
-    def module(self) -> nn.Module:
-        """The module without what went already; its tensors are those of the original."""
-        module = shadow(self.host.module)
-        bypass(module, self.depth, self.example, self.gone)
-        return module
+    def present(self) -> Host:
+        """The network without what went already."""
+        return self.host.bypassed(self.depth, self.gone)
 
     def run(self, inputs: Batch, without: Sequence[Block] = (), watch: Sequence[Value] = ()) -> Any:
-        """Outputs and watched values of the module without what went and some more; see ``Host.run``."""
-        return self.host.run(inputs, watch, {block.out: block.shortcut for block in (*self.gone, *without)})
+        """Outputs and watched values of the network without what went and some more; see ``Host.run``."""
+        return self.host.run(inputs, watch, shortcuts((*self.gone, *without)))
 
     def data(self) -> Iterable[Example]:
         """The calibration data."""
@@ -92,6 +87,9 @@ class BlockMethod(Named):
         1, ge=0, description="blocks that stay of every stage, that is among those whose streams have one size"
     )
     per_cost: bool = Field(False, description="divide scores by what a block costs in the target's measure")
+
+    def require_no_gradients(self) -> None:
+        """Refuse options that need gradients, which only modules have."""
 
     def score(self, study: BlockStudy) -> list[float]:
         """One number for each of ``study.blocks``; higher = keep."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.errors import refuse
 from secateur.evidence.flow import synaptic_flow
-from secateur.evidence.gradients import Slope
+from secateur.evidence.gradients import Slope, module_of
+from secateur.graph.host import Batch, Host
 from secateur.graph.ir import Value
 from secateur.graph.modules import ModuleHost
 from secateur.graph.state import shadow
 from secateur.methods.base import Data
 from secateur.methods.blocks import BlockMethod, BlockStudy
 from secateur.scores.similarity import linear_cka
+
+_BY_GRADIENTS: Final = ("grasp", "snip", "synflow")
 
 
 class LayersLottery(BlockMethod):
@@ -45,6 +49,11 @@ class LayersLottery(BlockMethod):
     def seeded(self) -> bool:  # type: ignore[override]
         return self.criterion == "random"
 
+    def require_no_gradients(self) -> None:
+        if self.criterion in _BY_GRADIENTS:
+            found, hint = "it needs gradients, which only modules have", "--set criterion=l1|cka|kl, or random"
+            refuse("no-gradients", f"criterion={self.criterion} on an ONNX file", found, hint)
+
     def score(self, study: BlockStudy) -> list[float]:
         if self.criterion == "random":
             return torch.rand(len(study.blocks), generator=study.generator).tolist()
@@ -61,8 +70,9 @@ class LayersLottery(BlockMethod):
     def _saliency(self, study: BlockStudy) -> dict[str, Tensor]:
         """What every parameter that is left is worth."""
         if self.criterion == "l1":
-            return {name: value.detach().abs() for name, value in study.module.named_parameters()}
-        host = ModuleHost(study.module if self.norms == "stored" else _live(study.module), study.example)
+            names = {name for block in study.blocks for name in block.parameters} - study.depth.lost(study.gone)
+            return {name: study.host.tensor(name).detach().abs() for name in names}
+        host = study.present if self.norms == "stored" else _live(study.present, study.example)
         if self.criterion == "synflow":
             return synaptic_flow(host, study.example)
         slope = Slope(host, study.loss)
@@ -83,18 +93,23 @@ class LayersLottery(BlockMethod):
         return found
 
 
-def _live(module: nn.Module) -> nn.Module:
-    """The module with batch norms that have no statistics of their own, so that they take the batch's."""
-    found = shadow(module)
+def _live(host: Host, example: Batch) -> Host:
+    """A module whose batch norms have no statistics of their own, so that they take the batch's."""
+    found = shadow(module_of(host))
     for part in found.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.running_mean = part.running_var = part.num_batches_tracked = None
-    return found
+    return ModuleHost(found, example)
 
 
 def _seen(study: BlockStudy, inputs: object, features: Value | None, *without: object) -> Tensor:
     outputs, watched = study.run(inputs, without, () if features is None else (features,))  # type: ignore[arg-type]
-    found: Tensor = next(t for t in outputs if t.is_floating_point()) if features is None else watched[features]
+    if features is not None:
+        return watched[features]
+    found = next((tensor for tensor in outputs if tensor.is_floating_point() and tensor.ndim > 1), None)
+    if found is None:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in outputs)
+        refuse("no-scores", "KL of class scores", f"the outputs are {shapes}", "--set criterion=cka")
     return found
 
 
@@ -105,6 +120,9 @@ def _last_read(study: BlockStudy) -> Value:
 
 
 def _divergence(dense: Tensor, other: Tensor) -> float:
-    """KL of class scores [batch, classes, ...] in nats, mean over the rest."""
-    p, q = (functional.log_softmax(x.double().movedim(1, -1).flatten(0, -2), -1) for x in (dense, other))
+    """KL of class scores [batch, classes, ...] in nats, mean over the rest; of logits, or what a softmax made."""
+    p, q = (x.double().movedim(1, -1).flatten(0, -2) for x in (dense, other))
+    if all(bool((x >= 0).all()) and torch.allclose(x.sum(-1), x.new_ones(()), atol=1e-3) for x in (p, q)):
+        p, q = (x.clamp_min(torch.finfo(torch.float32).tiny).log() for x in (p, q))
+    p, q = (functional.log_softmax(x, -1) for x in (p, q))
     return float(functional.kl_div(q, p, reduction="batchmean", log_target=True))
