@@ -16,7 +16,7 @@ from secateur.api.channels import prune_module
 from secateur.evidence.batches import Example
 from secateur.evidence.losses import losses_of
 from secateur.graph.blocks import Depth
-from secateur.graph.bypass import Bypass, bypass, unsound
+from secateur.graph.bypass import Bypass, bypass
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import build
 from secateur.methods.blocks import BlockStudy
@@ -53,7 +53,7 @@ def test_blocks_are_found_and_left_out_exactly(make: Callable[[], tuple[nn.Modul
     assert [block.name for block in depth.blocks] == FOUND[make]
     bench = host.bench(depth.graph)
     for blocks in (*([block] for block in depth.blocks), depth.blocks, depth.blocks[::2]):
-        assert unsound(bench, depth, blocks) == ""
+        assert bench.unsound(depth, blocks) == ""
         before = {key: value.clone() for key, value in module.state_dict().items()}
         small = type(module)().eval()
         small.load_state_dict(module.state_dict())
@@ -106,7 +106,7 @@ def test_what_is_read_elsewhere_stays_and_blocks_may_lie_in_others() -> None:
     assert depth.blocks[0].inside(depth.blocks[1])
     assert depth.remaining(depth.blocks) == depth.remaining(depth.blocks[1:])
     bench = host.bench(depth.graph)
-    assert [unsound(bench, depth, each) for each in ([depth.blocks[0]], [depth.blocks[1]], depth.blocks)] == [""] * 3
+    assert [bench.unsound(depth, each) for each in ([depth.blocks[0]], [depth.blocks[1]], depth.blocks)] == [""] * 3
 
 
 def test_code_that_multiplies_outside_of_submodules_is_refused() -> None:
@@ -114,7 +114,7 @@ def test_code_that_multiplies_outside_of_submodules_is_refused() -> None:
     module, inputs = net("transformer")
     depth, host = depth_of(module, inputs)
     bench = host.bench(depth.graph)
-    reasons = [unsound(bench, depth, [block]) for block in depth.blocks]
+    reasons = [bench.unsound(depth, [block]) for block in depth.blocks]
     assert len(reasons) == 2
     assert "stands in the code of" in reasons[0]
     assert reasons[1] == ""

@@ -104,12 +104,11 @@ def _live(host: Host, example: Batch) -> Host:
 
 def _seen(study: BlockStudy, inputs: object, features: Value | None, *without: object) -> Tensor:
     outputs, watched = study.run(inputs, without, () if features is None else (features,))  # type: ignore[arg-type]
-    if features is not None:
-        return watched[features]
-    found = next((tensor for tensor in outputs if tensor.is_floating_point() and tensor.ndim > 1), None)
+    tensors: list[Tensor] = outputs if features is None else [watched[features]]
+    found = next((tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim > 1), None)
     if found is None:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in outputs)
-        refuse("no-scores", "KL of class scores", f"the outputs are {shapes}", "--set criterion=cka")
+        shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+        refuse("no-scores", "scores of real numbers, by sample", f"the outputs are {shapes}", "--set criterion=l1")
     return found
 
 
