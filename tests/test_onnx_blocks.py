@@ -27,6 +27,7 @@ from secateur.graph.blocks import Block, Depth
 from secateur.graph.modules import ModuleHost
 from secateur.graph.onnx_files import read_onnx
 from secateur.graph.onnx_host import OnnxHost
+from secateur.graph.onnx_structure import scope
 from secateur.graph.spaces import build
 
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -185,6 +186,30 @@ def test_inputs_stay_and_weights_go_wherever_they_are_held(tmp_path: Path) -> No
     assert set(small.arrays) == {"in.weight", "in.bias", "head.weight", "head.bias"}
 
 
+def test_branches_of_control_flow_go_with_their_weights(tmp_path: Path) -> None:
+    """A choice between two weights stands in the branch of a block."""
+    b = Builder()
+    b.conv("x", "in", 3, 6)
+    empty: list[Any] = []
+    result = [helper.make_tensor_value_info("r", FLOAT, None)]
+    weight = numpy_helper.from_array(np.ones((1, 6, 1, 1), dtype=np.float32), "w")
+    both = [
+        helper.make_graph([helper.make_node(op, ["in", "w"], ["r"])], op, empty, result, [weight])
+        for op in ("Mul", "Sub")
+    ]
+    b.add("ReduceSum", ["x"], "total", keepdims=0)
+    b.weights.append(numpy_helper.from_array(np.array(0.0, dtype=np.float32), "nought"))
+    b.add("Greater", ["total", "nought"], "more")
+    b.add("If", ["more"], "chosen", then_branch=both[0], else_branch=both[1])
+    b.add("Add", [b.conv("chosen", "one", 6, 6), "in"], "sum")
+    b.add("Identity", [b.conv("sum", "head", 6, 4)], "y")
+    depth, host = opened(written(b.model({"x": ["n", 3, 4, 4]}, {"y": ["n", 4, 4, 4]}), tmp_path))
+    assert [block.params for block in depth.blocks] == [42 + 2 * 6]
+    small = left_out(depth, host, list(depth.blocks), tmp_path / "small.onnx").model
+    assert small.inner == {}
+    assert [node.op_type for node in small.proto.graph.node] == ["Conv", "Conv", "Identity"]
+
+
 def test_what_is_read_for_its_sizes_elsewhere_is_refused(tmp_path: Path) -> None:
     """The shape of something in the branch is the target of a reshape behind it."""
     b = Builder()
@@ -201,6 +226,23 @@ def test_what_is_read_for_its_sizes_elsewhere_is_refused(tmp_path: Path) -> None
     values = {"method": "layers_lottery", "ratio": 0.4, "tolerance": 0.1, "options": {"criterion": "l1", "keep": 0}}
     result: Any = secateur.prune(path, output=tmp_path / "small.onnx", **values)  # type: ignore[arg-type]
     assert (set(result.removed), set(result.refused)) == ({"two"}, {"one"})
+
+
+def test_modules_are_told_from_metadata_or_names() -> None:
+    def told(name: str, **metadata: str) -> str | None:
+        node = helper.make_node("Add", ["a", "b"], ["c"], name=name)
+        for key, value in metadata.items():
+            node.metadata_props.add(key=f"pkg.torch.onnx.{key}", value=value)
+        return scope(node)
+
+    assert told("node_add", name_scopes="['', '1', '1.0', '1.0.act', 'add']") == "1.0.act"
+    assert told("node_add", name_scopes="['', 'add']") == ""
+    assert told("/layer1/layer1.0/conv1/Conv") == "layer1.0.conv1"
+    assert told("/encoder/layer.1/attention/Add_1") == "encoder.layer.1.attention"
+    assert told("model/conv1/BiasAdd") == "model.conv1"
+    assert told("/Add") == ""
+    assert told("Add.3") is None
+    assert scope(onnx.NodeProto.FromString(b"\x1a\x03a/\xff")) is not None  # a name that is no text
 
 
 def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict[str, Any]]:

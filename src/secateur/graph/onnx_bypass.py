@@ -63,10 +63,9 @@ def _copy(model: OnnxFile) -> Any:
 
 
 def _identities(graph: Any, sources: Mapping[str, str]) -> None:
-    """Let nodes give what others make."""
+    """Let nodes that make one thing give what others make."""
     for node in graph.node:
-        for name in node.output:
-            if name in sources:
-                told = {"op_type": "Identity", "input": [sources[name]], "output": [name], "name": node.name}
-                node.CopyFrom(type(node)(**told))
-                break
+        if len(node.output) == 1 and node.output[0] in sources:
+            node.op_type, node.input[:] = "Identity", [sources[node.output[0]]]
+            node.ClearField("attribute")
+            node.ClearField("domain")

@@ -259,7 +259,7 @@ def _state(model: OnnxFile, reading: Reading) -> None:
     for name, array in model.arrays.items():
         kind: Any = "buffer" if name in measured else "parameter"
         reading.values[name] = reading.network.state[name] = Value(tuple(array.shape), kind, name, array.dtype.itemsize)
-    for name, array in model.inner.items():  # no operation reads these, so they stay
+    for name, array in model.inner.items():
         reading.network.state[name] = Value(tuple(array.shape), "parameter", name, array.dtype.itemsize)
 
 
@@ -316,6 +316,7 @@ def _enter(model: OnnxFile, reading: Reading, node: Any, number: int, shapes: Ma
     reading.nodes[place] = number
     inner = [_value(reading, name) for name in captured(node)]
     if branches(node):
+        inner += [reading.network.state[name] for name in model.inner if name.startswith(f"{node.output[0]}/")]
         given = {f"x{i}": value for i, value in enumerate([*inputs, *inner]) if value is not None}
         reading.network.operations.append(
             Operation(node.op_type, given, tuple(made), {}, place, node.op_type, scope(node))

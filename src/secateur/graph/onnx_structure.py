@@ -159,9 +159,10 @@ def scope(node: Any) -> str | None:
     """Path of the module that a node was exported from, dotted; None where neither metadata nor names tell."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            paths = re.findall(r"'([^']*)'", entry.value)
+            paths = re.findall(r"'([^']*)'", str(entry.value))
             return str(paths[-2]) if len(paths) > 1 else None
-    name = next((name for name in (node.name, *node.output[:1]) if "/" in name), "")
+    names = map(str, (node.name, *node.output[:1]))  # bytes, where they are no text
+    name = next((name for name in names if "/" in name), "")
     found: list[str] = []
     for part in name.strip("/").split("/")[:-1]:
         if found and part.startswith(f"{found[-1]}."):  # blocks/blocks.0 is one module in another
