@@ -135,7 +135,7 @@ class Garden:
 
 
 def _names_places(file: str) -> bool:
-    return file in ("recipe.yaml", "recipe-recover.yaml", "README.md", "secateur.json")
+    return Path(file).name in ("recipe.yaml", "recipe-recover.yaml", "README.md", "secateur.json")
 
 
 NAMES = ("prune", "compare", "recover", "pack", "pack sparse")
