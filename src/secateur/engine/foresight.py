@@ -17,7 +17,7 @@ import torch
 from secateur.budgets import Costs
 from secateur.checkpoints import Checkpoint
 from secateur.checkpoints.folder import DTYPES
-from secateur.engine.activations import BATCH_TOKENS, IN_MEMORY
+from secateur.engine.activations import BATCH_TOKENS, IN_MEMORY, SHARDS
 from secateur.engine.verify import WHOLE_MODEL
 from secateur.families import Sizes
 from secateur.methods.base import Method
@@ -26,6 +26,7 @@ INTERPRETER: Final = 300 * 2**20
 """Anonymous memory of Python with torch and transformers."""
 START: Final = 6.0
 """Seconds to open a model, to build its stock class on no memory, and to report."""
+_EIGEN: Final = 14  # FLOPs of eigenvectors in float64 over n^3, at the rate of float32 products
 _BLOCK: Final = 2**24  # bytes read, written or hashed at a time
 _LARGE: Final = 2**26
 _NOMINAL: Final = 1e9  # bytes a second, where there are too few to matter
@@ -244,12 +245,25 @@ class Foresight:
         total += source / rates.read + out / rates.write + self._left * sum(self._blocks) / rates.load  # the cut
         total += out / rates.read + out / rates.hash + (self._stem + 6 * left) / rates.load  # the check, of two blocks
         turned = self._after.residual != self._before.residual
-        if turned:
-            total += 2 * self._after.residual * (sum(self._blocks) + self._stem) / rates.multiply
+        if turned:  # the eigenvectors of a basis, and the eigenvalues that are drawn
+            flops = 2 * self._after.residual * (sum(self._blocks) + self._stem) + 2 * _EIGEN * self._before.residual**3
+            total += flops / rates.multiply
         if self._method.data != "none":
             total += self._forward() / rates.multiply + source / rates.read
-            total += (self._stem + sum(self._blocks)) / rates.load
+            total += (self._stem + sum(self._blocks) + self._summed()) / rates.load
         return total
+
+    def _summed(self) -> float:
+        """Elements of Gram matrices that are passed over: half of one for every batch, all for every shard, and mends.
+
+        In units of an element that is made float32 in new memory, which takes about as long.
+        """
+        windows = self._tokens // max(1, self._length)
+        shards = min(SHARDS, windows)
+        batches = max(shards, self._tokens / self._batch)
+        passes = batches + shards + (3 if self._method.mends else 0)
+        names = frozenset[str]().union(self._method.evidence, *self._method.mends)
+        return float(len(self._before.blocks) * passes * sum(width**2 for width in self._grams(names)))
 
     def _forward(self) -> float:
         """FLOPs of the walk: blocks, attention, the upper halves of Gram matrices, and least squares."""
@@ -261,5 +275,6 @@ class Foresight:
         total += blocks * tokens * sum(1.1 * width**2 for width in self._grams(names))
         if method.mends:  # in float64, half as fast
             kept, ffn = self._left * self._ffn, self._ffn
-            total += 2 * blocks * (kept**3 / 3 + 2 * sizes.residual * kept * (kept + ffn - kept))
+            total += 2 * blocks * (kept**3 / 3 + 2 * sizes.residual * kept * ffn)
+            total += 2 * blocks * tokens * kept * sizes.residual  # what reads the neurons runs again
         return total

@@ -38,6 +38,8 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """Sum of all products, or of the squares."""
+        if self._gram:
+            _mirror(self._second.value)
         return self._second.value
 
     @property
@@ -55,7 +57,10 @@ class Moments:
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
         for chunk in torch.split(rows, _CHUNK):
-            self._second.running += _squared(chunk) if self._gram else chunk.square().sum(0, dtype=torch.float64)
+            if self._gram:
+                _add_products(self._second.running, chunk)
+            else:
+                self._second.running += chunk.square().sum(0, dtype=torch.float64)
             self._first.running += chunk.sum(0, dtype=torch.float64)
         self._count.running += len(rows)
 
@@ -70,17 +75,28 @@ class Moments:
         return {f"{name}.{kind}": self.second, f"{name}.sum": self.first, f"{name}.count": self._count.value}
 
 
-def _squared(rows: Tensor) -> Tensor:
-    """X^T X of [m, n]: what lies below the diagonal is copied from above, which saves close to half of the products."""
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Add X^T X of [m, n]; tiles below the diagonal are left out, which saves close to half of the work."""
     width = rows.shape[1]
     if width <= _TILE:
-        return rows.t() @ rows
-    found, half = rows.new_empty(width, width), width // 2
+        total += rows.t() @ rows
+        return
+    half = width // 2
     one, other = rows[:, :half], rows[:, half:]
-    found[:half, :half], found[half:, half:] = _squared(one), _squared(other)
-    found[:half, half:] = one.t() @ other
-    found[half:, :half] = found[:half, half:].t()
-    return found
+    _add_products(total[:half, :half], one)
+    _add_products(total[half:, half:], other)
+    total[:half, half:] += one.t() @ other
+
+
+def _mirror(total: Tensor) -> None:
+    """Copy the tiles above the diagonal to those that :func:`_add_products` left out."""
+    width = len(total)
+    if width <= _TILE:
+        return
+    half = width // 2
+    _mirror(total[:half, :half])
+    _mirror(total[half:, half:])
+    total[half:, :half] = total[:half, half:].t()
 
 
 class CrossMoments:
