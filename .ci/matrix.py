@@ -33,6 +33,8 @@ QUICK = (
     "test_data.py",
     "test_errors.py",
     "test_formats.py",
+    "test_graph.py",
+    "test_onnx_graph.py",
     "test_resume.py",
 )
 _BESIDE_NUMPY = "pyarrow"  # the newest one does not import beside the oldest numpy, and does not say so when installed
