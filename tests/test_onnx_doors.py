@@ -178,6 +178,18 @@ def test_refusals_leave_nothing(
     assert sorted(each.name for each in net.parent.iterdir()) == before
 
 
+def test_a_file_that_is_wrong_about_its_output_is_at_fault(net: Path) -> None:
+    """It runs, but what is written could not pass the ONNX checker."""
+    model = onnx.load(str(net))
+    last = model.graph.output[0].type.tensor_type.shape.dim[-1]
+    last.dim_value += 3
+    onnx.save(model, str(net))
+    with pytest.raises(SecateurError) as failure:
+        secateur.prune(net, method="spa", ratio=0.4, tolerance=0.1, output=net.with_name("small.onnx"))
+    assert (failure.value.code, failure.value.exit_code) == ("bad-onnx", 2)
+    assert [path.name for path in net.parent.iterdir()] == ["net.onnx"]
+
+
 def test_a_graph_is_asked_of_files_only(tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match="no ONNX file"):
         secateur.inspect(tmp_path, graph=True)

@@ -85,7 +85,7 @@ def prune_onnx(model: str | Path, values: Mapping[str, Any], progress: Progress 
         else:
             method, host, decision = _decide(source, request, clock)
         written = stack.enter_context(passing_workplace(output, request.force)) / output.name
-        beside = _copy(path, source, written) if decision is None else _write(host, decision, written)
+        beside = _copy(path, source, written) if decision is None else _write(host, decision, written, path)
         sizes = {"bytes": _bytes([written, *beside]), "bytes_before": path.stat().st_size + source.beside}
         for file in beside:
             file.rename(output.with_name(file.name))
@@ -241,7 +241,7 @@ def _smaller(host: OnnxHost, decision: Decision | BlockDecision) -> tuple[OnnxFi
     return mended.cut(graph, gone), lambda file: mended.unlike(mended.model, mended.outputs(file), graph, gone)
 
 
-def _write(host: OnnxHost, decision: Decision | BlockDecision, path: Path) -> list[Path]:
+def _write(host: OnnxHost, decision: Decision | BlockDecision, path: Path, source: Path) -> list[Path]:
     """Write the smaller model and check the file: by the ONNX checker, and against the whole one."""
     small, unlike = _smaller(host, decision)
     beside = small.write(path)
@@ -250,9 +250,18 @@ def _write(host: OnnxHost, decision: Decision | BlockDecision, path: Path) -> li
         reason = unlike(read_onnx(path)) or host.runs(path)
     except Exception as error:  # the checker's own types, and a run that fails
         reason = first_line(error)
+        _require_sound(source)
     if reason:
         raise InternalError("cut-not-masked", f"the written file {path.name}", reason, "nothing was left there")
     return beside
+
+
+def _require_sound(source: Path) -> None:
+    """Refuse a model in which the ONNX checker finds faults although it runs."""
+    try:
+        check_written(source)
+    except Exception as error:  # the checker's own types
+        refuse("bad-onnx", f"ONNX file {source.name!r}", first_line(error), "export it again")
 
 
 def _copy(path: Path, source: OnnxFile, written: Path) -> list[Path]:
