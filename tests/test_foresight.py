@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_time_is_foretold_where_it_follows_from_the_sweeps(checkpoint: Checkpoints, notes: Path) -> None:
     asked = {"ratio": 0.15, "data": str(notes), "samples": 8, "length": 16}
     found = {name: secateur.preview(checkpoint(), method=name, **asked) for name in ("magnitude", "fasp", "modegpt")}
-    assert found["magnitude"]["seconds"] >= START
+    assert found["magnitude"]["seconds"] > 0
     assert found["fasp"]["seconds"] >= found["magnitude"]["seconds"]
     assert found["modegpt"]["seconds"] is None
     assert found["modegpt"]["peak_bytes"] >= found["fasp"]["peak_bytes"] >= found["magnitude"]["peak_bytes"]
@@ -26,11 +26,11 @@ def test_time_is_foretold_where_it_follows_from_the_sweeps(checkpoint: Checkpoin
 
 def test_more_of_a_machine_is_less_time(checkpoint: Checkpoints, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for speed in (1e4, 1e5):
-        rates = Rates(*[speed] * 6)
+    for speed in (0.01, 0.1):
+        rates = Rates(*[START * speed] * 6)
         monkeypatch.setattr(Rates, "of", staticmethod(lambda *_, rates=rates: rates))
         asked = {"method": "fasp", "ratio": 0.15, "data": str(notes), "samples": 8, "length": 16}
-        found.append(secateur.preview(checkpoint(), **asked)["seconds"] - START)
+        found.append(secateur.preview(checkpoint(), **asked)["seconds"])
     assert found[0] == pytest.approx(10 * found[1], rel=0.01)
 
 

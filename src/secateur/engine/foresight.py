@@ -24,8 +24,8 @@ from secateur.methods.base import Method
 
 INTERPRETER: Final = 300 * 2**20
 """Anonymous memory of Python with torch and transformers."""
-START: Final = 6.0
-"""Seconds to open a model, to build its stock class on no memory, and to report."""
+START: Final = 3.5e9
+"""Elements that are squared while a model is opened, its stock class built on no memory, and a report written."""
 _EIGEN: Final = 14  # FLOPs of eigenvectors in float64 over n^3, at the rate of float32 products
 _BLOCK: Final = 2**24  # bytes read, written or hashed at a time
 _LARGE: Final = 2**26
@@ -241,7 +241,7 @@ class Foresight:
             shapes = self._checkpoint.architecture.shapes
             scored = float(sum(torch.Size(shapes[t.name]).numel() for t in tensors))
         left = self._left * self._block
-        total = START + scored * (width / rates.read + 1 / rates.square)
+        total = scored * width / rates.read + (START + scored) / rates.square
         total += source / rates.read + out / rates.write + self._left * sum(self._blocks) / rates.load  # the cut
         total += out / rates.read + out / rates.hash + (self._stem + 6 * left) / rates.load  # the check, of two blocks
         turned = self._after.residual != self._before.residual
