@@ -199,7 +199,7 @@ class Foresight:
         if self._here:
             total += self._batch * self._wide * (3 * self._ffn + 6 * sizes.residual)
         grams = self._grams(names)
-        total += sum(2 * 8 * width**2 for width in grams) + 4 * max((width**2 for width in grams), default=0)
+        total += sum(2 * 8 * width**2 for width in grams) + 3 * max((width**2 for width in grams), default=0)
         if method.mends:  # least squares in float64: a part of the Gram, its factor, the matrix before and behind
             total += 8 * (3 * (self._left * self._ffn) ** 2 + 4 * self._ffn * sizes.residual)
         return total
@@ -211,7 +211,8 @@ class Foresight:
     @property
     def _batch(self) -> int:
         """Tokens that a block sees at once."""
-        return min(self._tokens, max(self._length, BATCH_TOKENS // self._length * self._length))
+        shard = -(-self._tokens // (SHARDS * self._length)) * self._length
+        return min(shard, max(self._length, BATCH_TOKENS // self._length * self._length))
 
     def _grams(self, names: frozenset[str]) -> list[int]:
         """Widths of the Gram matrices that are gathered together."""
