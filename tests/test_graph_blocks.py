@@ -13,6 +13,7 @@ import secateur
 from graph_nets import Deep, Layers, net
 from secateur import SecateurError
 from secateur.api.channels import prune_module
+from secateur.budgets.blocks import Amounts
 from secateur.evidence.batches import Example
 from secateur.evidence.losses import losses_of
 from secateur.graph.blocks import Depth
@@ -208,9 +209,8 @@ def test_grasp_of_a_block_is_what_its_removal_does_to_the_gradient() -> None:
     module, inputs = module.double(), inputs.double()
     batches = labelled(inputs)
     depth, host = depth_of(module, inputs)
-    study = BlockStudy(
-        depth, depth.blocks, host, torch.Generator(), inputs, [Example(*each) for each in batches], losses_of(None)
-    )
+    examples = [Example(*each) for each in batches]
+    study = BlockStudy(Amounts(depth, host), depth.blocks, torch.Generator(), inputs, examples, losses_of(None))
     found = LayersLottery(criterion="grasp").score(study)
     parameters = dict(module.named_parameters())
 

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 import secateur
 from conftest import Checkpoints
-from graph_nets import NETS, net
+from graph_nets import NETS, Deep, Layers, net
 from secateur import SecateurError
-from secateur.api.channels import graph, prune_module
+from secateur.api.channels import ModuleResult, graph, prune_module
+from secateur.budgets import blocks as left_out
 from secateur.budgets import timed
+from secateur.budgets.blocks import Amounts
 from secateur.budgets.channels import Units, choose
 from secateur.budgets.targets import parse_target
 from secateur.budgets.timed import Timed
+from secateur.graph.blocks import Depth
 from secateur.graph.memory import lifetimes
+from secateur.graph.modules import ModuleHost
 from secateur.graph.tape import record
 
 ANY = {"ratio": 0.3, "tolerance": 1.0, "options": {"statistics": "change", "score_by": "random"}}
@@ -199,3 +203,134 @@ def test_a_target_out_of_reach_says_what_is_in_the_way() -> None:
     module = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with pytest.raises(SecateurError, match="1 of the spaces left alone because a statistic over it would change"):
         secateur.prune(module, ratio=0.5, example_inputs=torch.randn(2, 6))
+
+
+def deep() -> tuple[nn.Module, Tensor]:
+    """Blocks with batch norms; one holds a parameter that nobody reads and a buffer that is not saved."""
+    torch.manual_seed(0)
+    module = Deep().eval()
+    module[1][1].register_parameter("spare", nn.Parameter(torch.zeros(7)))  # type: ignore[index,operator]
+    module[2][1].register_buffer("scratch", torch.zeros(50), persistent=False)  # type: ignore[index,operator]
+    return module, torch.randn(2, 3, 8, 8)
+
+
+def layers() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Layers().eval(), torch.randn(2, 6, 5)
+
+
+@pytest.mark.parametrize("make", [deep, layers])
+def test_without_blocks_bytes_and_activation_are_those_of_the_module_that_remains(
+    make: Callable[[], tuple[nn.Module, Tensor]],
+) -> None:
+    """Counters of batch norms included; each block alone, some, and all."""
+    module, inputs = make()
+    host = ModuleHost(module, inputs)
+    amounts = Amounts(Depth(graph(module, inputs)), host)
+    blocks = amounts.depth.blocks
+    for gone in ((), *((block,) for block in blocks), blocks[::2], blocks):
+        small = host.bypassed(amounts.depth, gone).module
+        again = graph(small, inputs)
+        assert amounts("bytes", gone) == written(small)
+        assert amounts("activation", gone) == again.memory.activation(again.gone({}))
+
+
+def without(module: nn.Module, inputs: Tensor, target: str, **options: object) -> ModuleResult:
+    seed, tolerance = options.pop("seed", 0), options.pop("tolerance", 0.1)
+    values = {"target": [target], "tolerance": tolerance, "seed": seed, "options": {"criterion": "l1", **options}}
+    return prune_module(module, inputs, {"method": "layers_lottery", **values})
+
+
+@pytest.mark.parametrize("per_cost", [False, True])
+@pytest.mark.parametrize("measure", ["params", "flops", "bytes"])
+@pytest.mark.parametrize("make", [deep, layers])
+def test_blocks_meet_targets_and_tell_every_measure(
+    make: Callable[[], tuple[nn.Module, Tensor]], measure: str, per_cost: bool
+) -> None:
+    module, inputs = make()
+    result = without(module, inputs, f"{measure}=70%", per_cost=per_cost)
+    told = result.achieved
+    assert abs(told[measure] / told[f"{measure}_before"] - 0.7) <= 0.1
+    assert result.model is not None
+    for suffix, each in (("", result.model), ("_before", module)):
+        found = graph(each, inputs)
+        assert told[f"params{suffix}"] == sum(parameter.numel() for parameter in each.parameters())
+        assert told[f"flops{suffix}"] == 2 * found.costs.macs(found.gone({}))
+        assert told[f"bytes{suffix}"] == written(each)
+        assert told[f"activation{suffix}"] == found.memory.activation(found.gone({}))
+    assert len(told) == 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_peak_of_memory_falls_with_the_last_of_several_blocks(seed: int) -> None:
+    """That of this network is in every block of the first stage: they go together, and no other goes for nothing."""
+    module, inputs = deep()
+    result = without(module, inputs, "activation=67%", criterion="random", keep=0, seed=seed)
+    assert set(result.removed) == {"1.0", "1.1", "1.2"}
+    assert abs(result.achieved["activation"] / result.achieved["activation_before"] - 0.67) <= 0.1
+    with pytest.raises(SecateurError, match=r"come to 1\.000 of the activation, and 2 more are kept for their stages"):
+        without(module, inputs, "activation=67%", criterion="random", keep=1, seed=seed)
+
+
+def by_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Modules take 0.2 of their time whatever they hold, and the rest in convolutions; what was timed."""
+    timings: list[float] = []
+
+    def runner(host: ModuleHost, *_: object) -> Callable[[], int]:
+        return lambda: sum(isinstance(part, nn.Conv2d) for part in host.module.modules())
+
+    def clocked(whole: Callable[[], int], small: Callable[[], int]) -> float:
+        timings.append(0.2 + 0.8 * small() / whole())
+        return timings[-1]
+
+    monkeypatch.setattr(ModuleHost, "runner", runner)
+    monkeypatch.setattr(left_out, "relative_latency", clocked)
+    return timings
+
+
+@pytest.mark.parametrize(("asked", "rounds", "gone"), [(1.0, 0, 0), (0.85, 2, 1), (0.8, 2, 2), (0.65, 4, 3)])
+def test_blocks_go_until_a_latency_is_passed(
+    monkeypatch: pytest.MonkeyPatch, asked: float, rounds: int, gone: int
+) -> None:
+    """Each of five blocks holds two of fourteen convolutions; the nearer of the last two is taken."""
+    timings = by_convolutions(monkeypatch)
+    module, inputs = deep()
+    result = without(module, inputs, f"latency={asked}x", keep=0, tolerance=0.0)
+    assert (len(timings), len(result.removed)) == (rounds, gone)
+    assert result.achieved["latency"] == round(1 - 0.8 * gone / 7, 4)
+    assert result.achieved["latency_before"] == 1
+    plain = prune_module(module, inputs, {"method": "layers_lottery", "ratio": 0.0, "options": {"criterion": "l1"}})
+    assert set(result.achieved) - set(plain.achieved) == {"latency", "latency_before"}
+
+
+def test_for_a_latency_scores_are_divided_by_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_convolutions(monkeypatch)
+    module, inputs = deep()
+    depth = Depth(graph(module, inputs))
+    tensors = module.state_dict()
+    worth = {b.name: float(sum(tensors[name].abs().sum() for name in b.parameters)) for b in depth.blocks}
+    cost = {block.name: block.macs for block in depth.blocks}
+    names: list[str] = list(worth)
+    first = [next(iter(without(module, inputs, "latency=0.88x", per_cost=each).removed)) for each in (False, True)]
+    assert first == [min(names, key=lambda n: worth[n]), min(names, key=lambda n: worth[n] / cost[n])]
+    assert first[0] != first[1]
+
+
+def test_a_latency_that_blocks_cannot_reach_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_convolutions(monkeypatch)
+    with pytest.raises(SecateurError, match=r"come to 0\.657 of the latency, and 2 more are kept") as failure:
+        without(*deep(), "latency=0.3x", keep=1)
+    assert failure.value.code == "target-out-of-reach"
+    assert "quiet machine" in str(failure.value.hint)
+
+
+def test_latency_of_a_real_module_without_blocks_is_told() -> None:
+    result = without(*deep(), "latency=80%", tolerance=1.0)
+    assert 0 < result.achieved["latency"] < 1.5
+
+
+def test_what_keeps_blocks_from_going_is_said() -> None:
+    with pytest.raises(SecateurError, match="1 of the blocks left alone because a multiplication of it stands in"):
+        without(*net("transformer"), "bytes=10%")
+    with pytest.raises(SecateurError, match="nothing is added to what it was computed from"):
+        without(*wide(), "bytes=50%")

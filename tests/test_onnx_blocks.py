@@ -21,6 +21,7 @@ from graph_nets import Deep, Layers
 from onnx_nets import FLOAT, Builder, check_shapes, export
 from secateur import SecateurError
 from secateur.api.channels import prune_module
+from secateur.budgets import blocks as amounts
 from secateur.cli import main
 from secateur.graph import onnx_files
 from secateur.graph.blocks import Block, Depth
@@ -252,6 +253,11 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int
     return int(end.value.code or 0), json.loads(capsys.readouterr().out)
 
 
+def held(path: Path) -> int:
+    """Bytes of the tensors of a file."""
+    return sum(numpy_helper.to_array(each).nbytes for each in onnx.load(str(path)).graph.initializer)
+
+
 WORDS = ("--method", "layers_lottery", "--target", "flops=70%", "--tolerance", "0.1", "--set", "criterion=l1")
 
 
@@ -265,7 +271,11 @@ def test_prune_and_preview_from_the_command_line(
     code, told = command(capsys, "prune", path, *WORDS, "-o", small)
     assert code == 0
     assert abs(told["achieved"]["flops"] / told["achieved"]["flops_before"] - 0.7) < 0.1
-    assert {key: told["achieved"][key] for key in foreseen["achieved"]} == foreseen["achieved"]
+    files = {"bytes", "bytes_before"}  # of what is written: those of the tensors and of what describes them
+    assert {key: told["achieved"][key] for key in foreseen["achieved"]} | {
+        key: foreseen["achieved"][key] for key in files
+    } == foreseen["achieved"]
+    assert held(small) == foreseen["achieved"]["bytes"] < told["achieved"]["bytes"]
     assert set(foreseen["sizes"]) == set(told["removed"]) <= {"1.0", "1.1", "1.2", "2.1", "2.2"}
     lost = sum(size["before"] - size["after"] for size in foreseen["sizes"].values())
     assert lost == told["achieved"]["params_before"] - told["achieved"]["params"]
@@ -293,7 +303,7 @@ def test_prune_and_preview_from_the_command_line(
         (["--set", "criterion=synflow"], "no-gradients", "--set criterion=l1|cka|kl"),
         (["--set", "criterion=kl"], "no-data", ""),
         (["--set", "criterion=l1", "--target", "flops=1%"], "target-out-of-reach", "keep"),
-        (["--set", "criterion=l1", "--target", "latency=70%"], "bad-target", ""),
+        (["--set", "criterion=l1", "--target", "kv_bytes=70%"], "bad-target", ""),
     ],
 )
 def test_refusals_name_what_works_and_leave_nothing(
@@ -313,6 +323,53 @@ def test_refusals_name_what_works_and_leave_nothing(
     exit_code, told = command(capsys, "preview", path, *asked)
     assert (exit_code, told["problems"][0]["code"]) == (2, code)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("target", ["bytes=70%", "activation=80%"])
+@pytest.mark.parametrize("name", NETS)
+def test_memory_is_a_target(
+    name: str, target: str, new: bool, exported: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    """What was foreseen is in the file; a peak of memory falls with the last of several blocks."""
+    path, small, measure = exported(name, new), tmp_path / "small.onnx", target.partition("=")[0]
+    values: dict[str, Any] = {"method": "layers_lottery", "target": [target], "tolerance": 0.2}
+    values["options"] = {"criterion": "l1", "keep": 0}
+    told = secateur.preview(path, **values)["achieved"]
+    assert 0 < abs(1 - told[measure] / told[f"{measure}_before"]) <= 0.5
+    result: Any = secateur.prune(path, output=small, **values)
+    again = build(OnnxHost.of(read_onnx(small)).network)
+    assert again.memory.saved(again.gone({})) == told["bytes"]
+    assert again.memory.activation(again.gone({})) == told["activation"] == result.achieved["activation"]
+    assert set(told) == {
+        f"{each}{end}" for each in ("params", "flops", "bytes", "activation") for end in ("", "_before")
+    }
+
+
+def test_blocks_of_a_file_go_until_a_latency_is_passed(
+    exported: Callable[[str, bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runner(host: OnnxHost, *_: object) -> Callable[[], int]:
+        return lambda: sum(node.op_type == "Conv" for node in host.model.proto.graph.node)
+
+    monkeypatch.setattr(OnnxHost, "runner", runner)
+    monkeypatch.setattr(amounts, "relative_latency", lambda whole, small: small() / whole())
+    values: dict[str, Any] = {"method": "layers_lottery", "options": {"criterion": "l1"}, "tolerance": 0}
+    path, small = exported("deep", True), tmp_path / "small.onnx"
+    result: Any = secateur.prune(path, output=small, target=["latency=70%"], **values)
+    assert (len(result.removed), result.achieved["latency"]) == (2, round(1 - 4 / 14, 4))
+    with pytest.raises(SecateurError, match="2 more are kept for their stages"):
+        secateur.prune(path, output=tmp_path / "none.onnx", target=["latency=20%"], **values)
+    assert [each.name for each in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_a_file_without_blocks_is_timed(exported: Callable[[str, bool], Path], tmp_path: Path) -> None:
+    """Whatever the clock of this machine says of so small a file, it is told."""
+    values: dict[str, Any] = {"method": "layers_lottery", "options": {"criterion": "l1"}, "tolerance": 1.0}
+    result: Any = secateur.prune(
+        exported("deep", True), output=tmp_path / "small.onnx", target=["latency=80%"], **values
+    )
+    assert 0 < result.achieved["latency"] < 1.5
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from secateur.budgets.channels import FLOPS_PER_MAC
+from secateur.api.telling import achieved_by, with_reasons
+from secateur.budgets.blocks import Amounts
 from secateur.budgets.targets import Target
-from secateur.errors import InternalError
+from secateur.errors import InternalError, RequestError
 from secateur.evidence.batches import Batches
 from secateur.evidence.losses import Loss
 from secateur.graph.blocks import Block, Depth
@@ -25,16 +26,22 @@ class BlockDecision:
     """What is to be left out of a network.
 
     Attributes:
-        depth: what it can do without.
+        amounts: what remains of it without some blocks.
         gone: blocks that go.
         refused: blocks that could not go, with the reasons.
+        latency: what was measured to remain of it, as a share; None where that was not asked for.
         notes: nothing; methods of blocks say nothing of how they decided.
     """
 
-    depth: Depth
+    amounts: Amounts
     gone: tuple[Block, ...]
     refused: Mapping[str, str]
+    latency: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> Depth:
+        return self.amounts.depth
 
     @property
     def graph(self) -> Graph:
@@ -52,12 +59,8 @@ class BlockDecision:
 
     @cached_property
     def achieved(self) -> Mapping[str, float]:
-        """What remains, and what there was."""
-        found: dict[str, float] = {}
-        for suffix, blocks in (("", self.gone), ("_before", ())):
-            params, macs = self.depth.remaining(blocks)
-            found |= {f"params{suffix}": params, f"flops{suffix}": FLOPS_PER_MAC * macs}
-        return found
+        """What remains of every measure, and what there was."""
+        return achieved_by(self.amounts.graph(self.gone), {}, self.latency, self.graph)
 
 
 def blocks_decided(
@@ -90,11 +93,17 @@ def blocks_decided(
     tick()
     good = [block for block in depth.blocks if block.name not in refused]
     generator = torch.Generator().manual_seed(seed)
-    study = BlockStudy(depth, good, host, generator, example, batches, losses)
-    gone = _choose(study, bench, method, target, tolerance, refused)
+    amounts = Amounts(depth, host)
+    study = BlockStudy(amounts, good, generator, example, batches, losses)
+    try:
+        gone = _choose(study, bench, method, target, tolerance, refused)
+    except RequestError as error:
+        none = [] if depth.blocks else ["nothing is added to what it was computed from"]
+        raise with_reasons(error, "blocks", refused.values(), none) from error
     tick()
     tick()  # nothing is mended
-    return BlockDecision(depth, gone, refused)
+    latency = amounts("latency", gone) if target.measure == "latency" else None
+    return BlockDecision(amounts, gone, refused, latency)
 
 
 def _choose(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from secateur.api.blocks import BlockDecision, blocks_decided
 from secateur.api.outputs import PruneResult
+from secateur.api.telling import REASONS, achieved_by, with_reasons
 from secateur.budgets import Target, parse_target, ratio_target
-from secateur.budgets.channels import Units, choose, remaining
+from secateur.budgets.channels import Units, choose
 from secateur.budgets.targets import OF_NETWORKS
 from secateur.budgets.timed import Timed
 from secateur.errors import InternalError, RequestError, refuse, validated
@@ -28,14 +28,13 @@ from secateur.graph.host import Batch, Host, Literal
 from secateur.graph.modules import ModuleHost
 from secateur.graph.spaces import ChannelSpace, Gone, Graph, build
 from secateur.graph.tape import record
-from secateur.graph.verify import SINGLE, Verdict, faults, verify
+from secateur.graph.verify import Verdict, faults, verify
 from secateur.meters.memory import MemoryWatch
 from secateur.methods.blocks import BlockMethod
 from secateur.methods.channels import ChannelStudy, GraphMethod
 from secateur.methods.registry import DEFAULT_ON_GRAPH, make_graph_method
 
 PARTS = ("graph", "verify", "choose", "mend", "cut")
-_REASONS = 3  # that an error gives, the commonest ones
 
 
 class ModuleRequest(BaseModel):
@@ -227,7 +226,7 @@ def decided(
         try:
             units = method.decide(study, request.wanted, pick)
         except RequestError as error:
-            raise _with_reasons(error, found, refused) from error
+            raise with_reasons(error, "spaces", refused.values(), _unruled(found)) from error
         reason, _ = bench.compare(found.gone(units), verdict.literals)
         if not reason:
             break
@@ -254,15 +253,9 @@ def calibration(
     return Batches(request.data, example, method.data == "labels", device)
 
 
-def _with_reasons(error: RequestError, found: Graph, refused: Mapping[str, str]) -> RequestError:
-    """A target that is out of reach, with what keeps channels from being cut."""
-    reasons = Counter(reason for reason in refused.values() if reason != SINGLE).most_common(_REASONS)
-    told = [f"{count} of the spaces left alone because {reason}" for reason, count in reasons]
-    if found.unknown:
-        told.append(f"operators without a rule: {', '.join(sorted(found.unknown)[:_REASONS])}")
-    if error.code != "target-out-of-reach" or not told:
-        return error
-    return RequestError(error.code, error.asked, f"{error.found} ({'; '.join(told)})", error.hint)
+def _unruled(found: Graph) -> list[str]:
+    """Operators that freeze what they touch, in a sentence."""
+    return [f"operators without a rule: {', '.join(sorted(found.unknown)[:REASONS])}"] if found.unknown else []
 
 
 def _choose(
@@ -280,13 +273,3 @@ def _allowed(found: Graph, verdict: Verdict, method: GraphMethod) -> tuple[list[
         else:
             spaces.append(space)
     return spaces, refused
-
-
-def achieved_by(found: Graph, units: Units, latency: float | None = None) -> dict[str, float]:
-    """What remains of every measure, and what there was; of the latency what was measured, as a share."""
-    told: dict[str, float] = {}
-    for measure in OF_NETWORKS:
-        if measure != "latency":
-            told[measure] = remaining(found, measure, units)
-            told[f"{measure}_before"] = remaining(found, measure, {})
-    return told if latency is None else told | {"latency": round(latency, 4), "latency_before": 1.0}

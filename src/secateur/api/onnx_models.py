@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from secateur.api.blocks import BlockDecision
-from secateur.api.channels import PARTS, Decision, ModuleRequest, ModuleResult, achieved_by, calibration, decided
+from secateur.api.channels import PARTS, Decision, ModuleRequest, ModuleResult, calibration, decided
 from secateur.api.outputs import passing_workplace, require_free
+from secateur.api.telling import achieved_by
 from secateur.budgets.channels import FLOPS_PER_MAC
 from secateur.data.arrays import read_batches
 from secateur.engine.progress import Progress, Silent

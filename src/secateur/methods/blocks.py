@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,8 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.budgets.channels import FLOPS_PER_MAC
+from secateur.budgets.blocks import Amounts
+from secateur.budgets.channels import counted
 from secateur.budgets.targets import Target
+from secateur.budgets.timed import TOLERANCE
 from secateur.errors import refuse
 from secateur.evidence.batches import Example
 from secateur.evidence.losses import Loss
@@ -27,9 +30,8 @@ class BlockStudy:
     """What such a method may look at.
 
     Attributes:
-        depth: what the network can do without.
+        amounts: what remains of the network without some blocks.
         blocks: those that may still go.
-        host: the network with its numbers; it is not changed.
         generator: the only source of randomness.
         example: inputs that it was recorded on.
         batches: calibration data; None where none was given.
@@ -37,14 +39,23 @@ class BlockStudy:
         gone: what went already.
     """
 
-    depth: Depth
+    amounts: Amounts
     blocks: Sequence[Block]
-    host: Host
     generator: torch.Generator
     example: Batch
     batches: Iterable[Example] | None = None
     losses: Mapping[str, Loss] = field(default_factory=dict)
     gone: tuple[Block, ...] = ()
+
+    @property
+    def depth(self) -> Depth:
+        """What the network can do without."""
+        return self.amounts.depth
+
+    @property
+    def host(self) -> Host:
+        """The network with its numbers; it is not changed."""
+        return self.amounts.host
 
     @cached_property
     def present(self) -> Host:
@@ -65,13 +76,6 @@ class BlockStudy:
         """All losses together."""
         return torch.stack([loss(outputs, labels) for loss in self.losses.values()]).sum()
 
-    def cost(self, target: Target, gone: Sequence[Block]) -> int:
-        """What remains of the target's measure without some blocks."""
-        if target.measure not in ("params", "flops"):
-            refuse("bad-target", f"target {target}", "blocks are measured in params and flops", "name one of these")
-        params, macs = self.depth.remaining(gone)
-        return params if target.measure == "params" else FLOPS_PER_MAC * macs
-
     def without(self, block: Block) -> Self:
         """The same after one more block went, and with it those that lie in it."""
         rest = [other for other in self.blocks if other is not block and not other.inside(block)]
@@ -86,7 +90,9 @@ class BlockMethod(Named):
     keep: int = Field(
         1, ge=0, description="blocks that stay of every stage, that is among those whose streams have one size"
     )
-    per_cost: bool = Field(False, description="divide scores by what a block costs in the target's measure")
+    per_cost: bool = Field(
+        False, description="divide scores by what a block costs in the target's measure, of a latency in FLOPs"
+    )
 
     def require_no_gradients(self) -> None:
         """Refuse options that need gradients, which only modules have."""
@@ -96,33 +102,65 @@ class BlockMethod(Named):
         raise NotImplementedError
 
     def decide(self, study: BlockStudy, target: Target, tolerance: float) -> tuple[Block, ...]:
-        """Blocks that go, in order: the one with the lowest score in every round, as long as the target gets nearer.
+        """Blocks that go: in every round the one with the lowest score, until what remains is no more than the target.
+
+        What is counted only gets nearer to the target or stays (a peak of memory falls with the last of several
+        blocks); those that went for nothing come back. A latency is measured after every round. The nearest is taken.
 
         Raises:
-            RequestError: the target is not reached; names the nearest.
+            RequestError: the nearest is too far from the target; names it.
         """
-        full = study.cost(target, ())
-        wanted, present = target.of(full), full
-        stages = [block.stage for block in study.blocks]
-        while True:
-            open_ = []
-            for block in study.blocks:
-                left = sum(other.stage == block.stage for other in study.without(block).blocks)
-                after = study.cost(target, (*study.gone, block))
-                if left >= min(self.keep, stages.count(block.stage)) and abs(after - wanted) < abs(present - wanted):
-                    open_.append((block, after))
-            if not open_:
+        measure, timed = target.measure, target.measure == "latency"
+        full = study.amounts(measure, ())
+        wanted, stages = target.of(full), Counter(block.stage for block in study.blocks)
+
+        def off(gone: Sequence[Block]) -> float:
+            return abs(study.amounts(measure, gone) - wanted)
+
+        def serves(block: Block) -> bool:
+            return timed or off((*study.gone, block)) <= off(study.gone)
+
+        tried = [study.gone]
+        while study.amounts(measure, study.gone) > wanted:
+            free = [block for block in study.blocks if self._may_go(study, block, stages)]
+            if not any(map(serves, free)):
                 break
-            study = replace(study, blocks=study.blocks)
-            scores = dict(zip(map(id, study.blocks), self.score(study), strict=True))
-            worth = [scores[id(b)] / (max(present - after, 1) if self.per_cost else 1) for b, after in open_]
-            block, present = open_[min(range(len(open_)), key=worth.__getitem__)]
-            study = study.without(block)
-        if abs(present - wanted) > tolerance * full:
+            worth = dict(zip(study.blocks, self._worth(study, target), strict=True))
+            study = study.without(next(block for block in sorted(free, key=worth.__getitem__) if serves(block)))
+            tried.append(study.gone)
+        gone = min(tried, key=off)
+        if off(gone) > (max(tolerance, TOLERANCE) if timed else tolerance) * full:
+            kept = [] if any(self._may_go(study, block, stages) for block in study.blocks) else study.blocks
             refuse(
                 "target-out-of-reach",
                 f"target {target}",
-                f"whole blocks come to {present / full:.3f} of the {target.measure}",
-                "ask for that, a larger tolerance, or let more blocks go (option keep)",
+                f"whole blocks come to {study.amounts(measure, gone) / full:.3f} of the {measure}"
+                + (f", and {len(kept)} more are kept for their stages" if kept else ""),
+                "ask for that, a larger tolerance, or let more blocks go (option keep)"
+                + (", or measure on a quiet machine" if timed else ""),
             )
-        return study.gone
+        return gone if timed else self._needed(study.amounts, measure, gone)
+
+    def _may_go(self, study: BlockStudy, block: Block, stages: Mapping[tuple[int, ...], int]) -> bool:
+        """Whether enough others stay in its stage; ``stages`` says how many there were."""
+        left = sum(other.stage == block.stage for other in study.without(block).blocks)
+        return left >= min(self.keep, stages[block.stage])
+
+    def _worth(self, study: BlockStudy, target: Target) -> list[float]:
+        """Scores of ``study.blocks``, divided by costs where that is asked for."""
+        scores = self.score(study)
+        if not self.per_cost:
+            return scores
+        measure = counted(target).measure
+        present = study.amounts(measure, study.gone)
+        saved = [present - study.amounts(measure, (*study.gone, block)) for block in study.blocks]
+        return [score / max(amount, 1) for score, amount in zip(scores, saved, strict=True)]
+
+    @staticmethod
+    def _needed(amounts: Amounts, measure: str, gone: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The same without those of which as much remains when they stay; the last to go come back first."""
+        for block in reversed(gone):
+            rest = tuple(other for other in gone if other is not block)
+            if amounts(measure, rest) == amounts(measure, gone):
+                gone = rest
+        return gone
