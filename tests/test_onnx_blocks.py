@@ -327,17 +327,17 @@ def test_refusals_name_what_works_and_leave_nothing(
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["dynamo", "torchscript"])
-@pytest.mark.parametrize("target", ["bytes=70%", "activation=80%"])
+@pytest.mark.parametrize("target", ["bytes=70%", "activation=50%"])
 @pytest.mark.parametrize("name", NETS)
 def test_memory_is_a_target(
     name: str, target: str, new: bool, exported: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
     """What was foreseen is in the file; a peak of memory falls with the last of several blocks."""
-    path, small, measure = exported(name, new), tmp_path / "small.onnx", target.partition("=")[0]
+    path, small, (measure, _, wanted) = exported(name, new), tmp_path / "small.onnx", target.partition("=")
     values: dict[str, Any] = {"method": "layers_lottery", "target": [target], "tolerance": 0.2}
     values["options"] = {"criterion": "l1", "keep": 0}
     told = secateur.preview(path, **values)["achieved"]
-    assert 0 < abs(1 - told[measure] / told[f"{measure}_before"]) <= 0.5
+    assert abs(told[measure] / told[f"{measure}_before"] - float(wanted.rstrip("%")) / 100) <= 0.2
     result: Any = secateur.prune(path, output=small, **values)
     again = build(OnnxHost.of(read_onnx(small)).network)
     assert again.memory.saved(again.gone({})) == told["bytes"]

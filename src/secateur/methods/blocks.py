@@ -105,7 +105,8 @@ class BlockMethod(Named):
         """Blocks that go: in every round the one with the lowest score, until what remains is no more than the target.
 
         What is counted only gets nearer to the target or stays (a peak of memory falls with the last of several
-        blocks); those that went for nothing come back. A latency is measured after every round. The nearest is taken.
+        blocks); then those come back without which it is as near. A latency is measured after every round, and the
+        nearest is taken.
 
         Raises:
             RequestError: the nearest is too far from the target; names it.
@@ -129,6 +130,9 @@ class BlockMethod(Named):
             study = study.without(next(block for block in sorted(free, key=worth.__getitem__) if serves(block)))
             tried.append(study.gone)
         gone = min(tried, key=off)
+        for block in () if timed else reversed(gone):  # some may have gone for nothing
+            rest = tuple(other for other in gone if other is not block)
+            gone = rest if off(rest) <= off(gone) else gone
         if off(gone) > (max(tolerance, TOLERANCE) if timed else tolerance) * full:
             kept = [] if any(self._may_go(study, block, stages) for block in study.blocks) else study.blocks
             refuse(
@@ -139,7 +143,7 @@ class BlockMethod(Named):
                 "ask for that, a larger tolerance, or let more blocks go (option keep)"
                 + (", or measure on a quiet machine" if timed else ""),
             )
-        return gone if timed else self._needed(study.amounts, measure, gone)
+        return gone
 
     def _may_go(self, study: BlockStudy, block: Block, stages: Mapping[tuple[int, ...], int]) -> bool:
         """Whether enough others stay in its stage; ``stages`` says how many there were."""
@@ -155,12 +159,3 @@ class BlockMethod(Named):
         present = study.amounts(measure, study.gone)
         saved = [present - study.amounts(measure, (*study.gone, block)) for block in study.blocks]
         return [score / max(amount, 1) for score, amount in zip(scores, saved, strict=True)]
-
-    @staticmethod
-    def _needed(amounts: Amounts, measure: str, gone: tuple[Block, ...]) -> tuple[Block, ...]:
-        """The same without those of which as much remains when they stay; the last to go come back first."""
-        for block in reversed(gone):
-            rest = tuple(other for other in gone if other is not block)
-            if amounts(measure, rest) == amounts(measure, gone):
-                gone = rest
-        return gone
