@@ -143,3 +143,17 @@ def test_a_damaged_checkpoint_is_not_believed(
     state.write_bytes(state.read_bytes()[:-8] + bytes(8))
     secateur.recover(output=tmp_path / "out", **request)
     assert grid.hashes(tmp_path / "out", *grid.TIMED) == _straight("lora", request, tmp_path_factory)
+
+
+def test_a_journal_without_its_first_point_is_not_believed(
+    checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    request = _request("lora", checkpoint, cut, notes)
+    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
+        secateur.recover(output=tmp_path / "out", **request)
+    journal = work_folder(tmp_path / "out") / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if '"point"' in line)
+    journal.write_text("".join(lines[:first] + lines[first + 1 :]))
+    secateur.recover(output=tmp_path / "out", **request)
+    assert grid.hashes(tmp_path / "out", *grid.TIMED) == _straight("lora", request, tmp_path_factory)

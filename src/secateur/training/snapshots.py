@@ -76,7 +76,8 @@ class Snapshots:
     def resume(self) -> list[dict[str, Any]]:
         """The curve up to the last point whose files are as they were written, its state restored; else empty."""
         records = self.journal.done("point")
-        if not records or not all(
+        starts = [index for index, record in enumerate(records) if not record["steps"]]
+        if not starts or not all(  # a journal may have lost its first line
             self._path(name).is_file() and _digest(self._path(name)) == digest
             for name, digest in records[-1]["files"].items()
         ):
@@ -88,7 +89,6 @@ class Snapshots:
             for key, parameter in self.params.items():
                 moments = {name: saved[f"{key}.{name}"].to(parameter.device) for name in _MOMENTS}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(last["steps"])), **moments}
-        starts = [index for index, record in enumerate(records) if not record["steps"]]
         return records[starts[-1] :]  # of several starts, the last: an earlier one was not believed
 
     def restore(self, point: dict[str, Any]) -> None:
