@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import resource
 import signal
 import sys
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     whole = sum(target.share for target in hostile.TARGETS.values())
     figures: dict[str, Any] = {}
     for name, target in hostile.TARGETS.items():
-        count = max(3, round(cases * target.share / whole))
+        count = max(3, math.ceil(cases * target.share / whole))
         figures[name] = tried(name, range(arguments.first, arguments.first + count), folder, found)
         print(f"{name}: {figures[name]}", file=sys.stderr, flush=True)
     done = sum(sum(each.get(key, 0) for key in ("read", "refused", "failed")) for each in figures.values())

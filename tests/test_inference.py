@@ -312,3 +312,7 @@ def test_a_wrong_family_file_is_not_believed(arcee: Path, tmp_path: Path) -> Non
     (copy / FAMILY_FILE).write_text(yaml.safe_dump(family))
     with pytest.raises(RequestError, match="it is a second"):
         secateur.inspect(copy)
+    family["block"]["mlp.up_proj"], family["blocks"] = "up", "model.floors"
+    (copy / FAMILY_FILE).write_text(yaml.safe_dump(family))
+    with pytest.raises(RequestError, match=r"the model cannot be built by it \(AttributeError.*floors"):
+        secateur.inspect(copy)

@@ -185,7 +185,7 @@ def test_a_file_that_is_wrong_about_its_output_is_at_fault(net: Path) -> None:
     last.dim_value += 3
     onnx.save(model, str(net))
     with pytest.raises(SecateurError) as failure:
-        secateur.prune(net, method="spa", ratio=0.4, tolerance=0.1, output=net.with_name("small.onnx"))
+        secateur.prune(net, method="spa", ratio=0.4, tolerance=0.1, output=net.parent / "new" / "small.onnx")
     assert (failure.value.code, failure.value.exit_code) == ("bad-onnx", 2)
     assert [path.name for path in net.parent.iterdir()] == ["net.onnx"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -35,7 +35,9 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RequestError: another process holds it, or nothing can be written there.
     """
+    absent = [parent for parent in folder.absolute().parents if not parent.exists()]
     with ExitStack() as stack:
+        stack.callback(_remove_empty, absent)
         for attempt in count():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,15 @@ def locked(folder: Path) -> Iterator[None]:
             if _is_at(handle.fileno(), folder / LOCK):
                 break
         yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Delete folders in which nothing came to lie, the innermost first."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

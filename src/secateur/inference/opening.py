@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from secateur.checkpoints import Checkpoint, Folder
-from secateur.errors import refuse
+from secateur.errors import SecateurError, refuse
 from secateur.families import Family, family_names
 from secateur.families.schema import parse_family
 from secateur.inference.verdict import Inferred, confirm, infer
@@ -25,7 +25,16 @@ def inferred(folder: Folder) -> Inferred | None:
     if folder.config["model_type"] in family_names():
         return None
     beside = folder.path / FAMILY_FILE
-    return confirm(folder.config, read_family(beside)) if beside.is_file() else infer(folder.config)
+    if not beside.is_file():
+        return infer(folder.config)
+    family = read_family(beside)
+    try:
+        return confirm(folder.config, family)
+    except SecateurError:
+        raise
+    except Exception as error:  # roles, modules and sizes that it makes up are missed anywhere
+        found = f"the model cannot be built by it ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        refuse("bad-family", f"family file {str(beside)!r}", found, "correct it, or delete it to have it inferred")
 
 
 def read_checkpoint(path: Path, note: Note = lambda _: None) -> Checkpoint:
