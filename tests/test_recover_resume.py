@@ -34,6 +34,12 @@ def _request(name: str, checkpoint: Checkpoints, cut: Checkpoints, notes: Path) 
     return {"model": cut("sharded"), "data": notes, **STEPS, **more, **teacher, "options": options}
 
 
+def _killed_before_writing(request: dict[str, Any], output: Path) -> None:
+    """A run that trained to its end and wrote nothing."""
+    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
+        secateur.recover(output=output, **request)
+
+
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize(
     ("owner", "point", "calls"),
@@ -121,8 +127,7 @@ def test_sigkill(
 
 def test_another_request_is_refused(checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path: Path) -> None:
     request = _request("lora", checkpoint, cut, notes)
-    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
-        secateur.recover(output=tmp_path / "out", **request)
+    _killed_before_writing(request, tmp_path / "out")
     before = grid.hashes(work_folder(tmp_path / "out"))
     for change in ({"seed": 1}, {"steps": 13}, {"method": "full"}, {"teacher": checkpoint("sharded")}):
         with pytest.raises(RequestError) as caught:
@@ -137,8 +142,7 @@ def test_a_damaged_checkpoint_is_not_believed(
     checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     request = _request("lora", checkpoint, cut, notes)
-    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
-        secateur.recover(output=tmp_path / "out", **request)
+    _killed_before_writing(request, tmp_path / "out")
     state = work_folder(tmp_path / "out") / "state-12.safetensors"
     state.write_bytes(state.read_bytes()[:-8] + bytes(8))
     secateur.recover(output=tmp_path / "out", **request)
@@ -149,8 +153,7 @@ def test_a_journal_without_its_first_point_is_not_believed(
     checkpoint: Checkpoints, cut: Checkpoints, notes: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     request = _request("lora", checkpoint, cut, notes)
-    with mock.patch.object(recovering, "write_weights", side_effect=Killed), pytest.raises(Killed):
-        secateur.recover(output=tmp_path / "out", **request)
+    _killed_before_writing(request, tmp_path / "out")
     journal = work_folder(tmp_path / "out") / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     first = next(number for number, line in enumerate(lines) if '"point"' in line)
