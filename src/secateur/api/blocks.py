@@ -119,8 +119,9 @@ def _choose(
         gone = method.decide(study, target, tolerance)
         if not bench.unsound(study.depth, gone):
             return gone
-        count = next(n for n in range(1, len(gone) + 1) if bench.unsound(study.depth, gone[:n]))
-        reason, last = bench.unsound(study.depth, gone[:count]), gone[count - 1]
+        found = ((n, bench.unsound(study.depth, gone[:n])) for n in range(1, len(gone) + 1))
+        count, reason = next((n, reason) for n, reason in found if reason)
+        last = gone[count - 1]
         if count < 2:
             raise InternalError("block-not-silenced", f"method {method.name}", reason, "nothing was changed")
         refused[last.name] = f"not together with others: {reason}"
